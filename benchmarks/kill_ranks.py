@@ -30,6 +30,7 @@ import random
 import secrets
 import shutil
 import signal
+import statistics
 import struct
 import sys
 import tempfile
@@ -92,6 +93,8 @@ class Count:
     relative: float = 0.0
     seconds: float = 0.0
     slowest_restart: float = 0.0
+    again: float = 0.0  # seconds from a kill until all ranks are processes again, median
+    trains: float = 0.0  # and from then until all train
     notes: list[str] = field(default_factory=list)
 
 
@@ -196,6 +199,7 @@ def begin(run: Path, marks: Marks, plan: Plan, size: int) -> int:
     if pid:
         return pid
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setpgid(0, 0)
         os.dup2(os.open(run.parent / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 2)
         os.dup2(2, 1)
@@ -251,15 +255,19 @@ def kill_all(agent: int, marks: Marks, size: int) -> None:
 class Killer:
     """Kills ranks of one campaign, and counts."""
 
-    def __init__(self, plan: Plan, kills: int, seed: int, longest: float, place: Path) -> None:
+    def __init__(self, plan: Plan, kills: int, seed: int, longest: float, place: Path, seconds: float = 1e9) -> None:
         self.plan, self.kills, self.longest, self.place = plan, kills, longest, place
+        self.end = time.monotonic() + seconds
+        self.restarts: list[tuple[float, float]] = []
+        self.living: tuple[int, Marks, int] | None = None
         self.chance, self.count = random.Random(seed), Count(plan.name)
 
     def campaign(self) -> Count:
         """Run until so many were killed; the run that nobody kills comes first."""
         began = time.monotonic()
         whole = self.whole()
-        while self.count.kills < self.kills:
+        print(f"  {self.plan.name}: whole in {time.monotonic() - began:.1f} s", file=sys.stderr)
+        while self.count.kills < self.kills and time.monotonic() < self.end:
             run = self.place / f"run-{self.count.runs}"
             self.one_run(run)
             self.compare(run, whole)
@@ -273,6 +281,7 @@ class Killer:
         """The run that nobody kills."""
         run, marks, size = self.place / "whole", Marks(self.place / "whole.marks"), self.plan.sizes[0]
         agent = begin(run, marks, self.plan, size)
+        self.living = agent, marks, size
         if (status := self.waited(agent, PATIENCE)) is None:
             kill_all(agent, marks, size)
         if status != 0:
@@ -288,6 +297,7 @@ class Killer:
             for rank in range(size):
                 marks.set(rank, START, -1)
             agent = begin(run, marks, self.plan, size)
+            self.living = agent, marks, size
             if self.one_agent(agent, marks, size, 1000 * number, run):
                 return
             number += 1
@@ -298,14 +308,16 @@ class Killer:
         while True:
             since = time.monotonic()
             early = self.chance.random() < 1 / 5
-            what = PID if early else TRAINS
-            if not self.reached(agent, marks, size, start, what):
+            came = self.reached(agent, marks, size, start, PID)
+            processes = time.monotonic() - since
+            if not came or not (early or self.reached(agent, marks, size, start, TRAINS)):
                 return ended(agent) == 0 or self.is_stuck(agent, marks, size, run)
             if not early:
                 self.count.slowest_restart = max(self.count.slowest_restart, time.monotonic() - since)
+                self.note_restart(start, processes, time.monotonic() - since - processes)
                 resumed = {marks.get(rank, RESUMED) for rank in range(size)}
                 self.count.lost += min(resumed) < acknowledged or len(resumed) > 1
-            if self.count.kills >= self.kills:
+            if self.count.kills >= self.kills or time.monotonic() > self.end:
                 return self.to_the_end(agent) or self.is_stuck(agent, marks, size, run)
             status = self.waited(agent, self.chance.uniform(0, 0.5 if early else self.longest * size / 2))
             if status is not None:
@@ -319,6 +331,13 @@ class Killer:
             every = self.chance.random() < 0.2
             self.kill(marks, range(size) if every else [self.chance.randrange(size)])
             start += 1
+
+    def note_restart(self, start: int, again: float, trains: float) -> None:
+        """Note how long a start took that a kill made necessary."""
+        if start % 1000:  # the first of an agent came after no kill of a rank
+            self.restarts.append((again, trains))
+            self.count.again, self.count.trains = (statistics.median(times) for times in zip(*self.restarts))
+            print(f"  again after {again:.1f} s, training {trains:.1f} s later", file=sys.stderr)
 
     def reached(self, agent: int, marks: Marks, size: int, start: int, what: int) -> bool:
         """Wait until all ranks of a start have come so far; False where the agent ended, or they do not come."""
@@ -421,6 +440,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="campaigns whose name holds this; `gpus`: those through NCCL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=1.5, help="seconds from the first update to a kill")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which a campaign lets its run end in peace")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", nargs=3, help="be a rank: what torchrun itself is told")
     options = parser.parse_args()
@@ -428,6 +448,7 @@ def main() -> None:
         run, marks, name = options.rank
         work(run, Marks(Path(marks)), next(plan for plan in (*PLANS, *GPUS) if plan.name == name))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)  # a forked rank must not inherit a pool of threads
     job()  # what it imports is imported once, before the forks
     counts = []
@@ -435,8 +456,14 @@ def main() -> None:
         if options.only in plan.name and (plan.device == "cpu" or "gpus" in options.only):
             with tempfile.TemporaryDirectory(prefix="kill-") as place:
                 kills = options.kills // (3 if plan.command and plan.device == "cpu" else 1)
-                killer = Killer(plan, kills, options.seed, options.longest, Path(place))
-                counts.append(killer.campaign())
+                killer = Killer(plan, kills, options.seed, options.longest, Path(place), options.seconds)
+                try:
+                    counts.append(killer.campaign())
+                except SystemExit:
+                    if killer.living is not None:
+                        kill_all(*killer.living)
+                    print(f"cut off: {killer.count}", file=sys.stderr)
+                    raise
     print(f"{versions('torch', 'transformers')}; {UPDATES} updates, each saved\n")
     columns = [name for name in asdict(Count("")) if name != "notes"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

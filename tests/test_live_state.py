@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from tensorkeep.training._names import Names
 from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
 from tests.helpers import refused
 from tests.run_states import equal
@@ -55,6 +58,59 @@ def test_with_a_base_only_what_trains_is_stored() -> None:
     model.embed.requires_grad_(False)
     tensors, _ = stored_tensors(model, base=True)
     assert "embed.weight" not in tensors and "head.weight" not in tensors and "norm.running_mean" in tensors
+
+
+def replaced(model: Tied) -> None:
+    model.norm.weight = nn.Parameter(torch.full((3,), 9.0))
+
+
+def moved(model: Tied) -> None:
+    model.norm.weight.data = torch.full((3,), 7.0)
+
+
+def frozen(model: Tied) -> None:
+    model.norm.weight.requires_grad_(False)
+
+
+def untied(model: Tied) -> None:
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+
+
+def another(model: Tied) -> None:
+    model.norm = nn.BatchNorm1d(3)
+
+
+def grown(model: Tied) -> None:
+    model.more = nn.Linear(2, 2)
+
+
+def counted(model: Tied) -> None:
+    model.norm.running_mean = torch.ones(3)
+
+
+@pytest.mark.parametrize("change", [lambda m: None, replaced, moved, frozen, untied, another, grown, counted])
+@pytest.mark.parametrize("base", [False, True])
+def test_what_is_known_of_a_model_never_outlives_a_change_of_it(change: Any, base: bool) -> None:
+    model, names = Tied(), Names()
+    for _ in range(2):
+        stored_tensors(model, base, names)
+    change(model)
+    found, ties = stored_tensors(model, base, names)
+    wanted, others = stored_tensors(model, base)
+    assert list(found) == list(wanted) and ties == others and equal(found, wanted)
+    assert all(found[n].data_ptr() == wanted[n].data_ptr() and not found[n].requires_grad for n in found)
+
+
+def test_a_module_that_stores_what_it_does_not_hold_is_asked_every_time() -> None:
+    class Counting(nn.Linear):
+        asked = 0
+
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            self.asked += 1
+            destination[f"{prefix}asked"] = torch.tensor(self.asked)
+
+    model, names = nn.Sequential(Counting(2, 2)), Names()
+    assert [int(stored_tensors(model, False, names)[0]["0.asked"]) for _ in range(3)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -60,13 +60,13 @@ def test_what_every_rank_will_write_is_known_before_the_first_step(tmp_path: Pat
         real = Saver.sizes
 
         def sizes(self: Saver, state: Any) -> list[int]:
-            kept["sizes"], kept["plan"] = real(self, state), self._shards._items
+            kept["sizes"], kept["plan"] = real(self, state), self._shards._wanted
             kept["saver"] = self
             return kept["sizes"]
 
         Saver.sizes = sizes  # type: ignore[method-assign]
         fit(small_job(), tmp_path / "run", loop, world=world)
-        assert kept["saver"]._shards._items is kept["plan"]  # planned once, for the start and the save
+        assert kept["saver"]._shards._wanted is kept["plan"]  # planned once, for the start and the save
         if world.first:
             (tmp_path / "said.json").write_text(json.dumps(kept["sizes"]))
 

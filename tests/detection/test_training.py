@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -277,9 +278,30 @@ def test_a_detector_in_shards_is_trained_evaluated_and_gone_on_with(tmp_path: Pa
     assert len(one) == len(other) == 1 and one[0] == pytest.approx(other[0], abs=1e-6)
     norms = [[r["grad_norm"] for r in found if "grad_norm" in r] for found in both]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    job, loop = build(made, tmp_path / "shards")
-    on = fit(job, tmp_path / "shards", replace(loop, updates=6), allow=("updates",))
-    assert on.level == "sample-exact" and on.step == 6
+    goes_on_as_if_nothing_had_been(made, tmp_path)
+
+
+def goes_on_as_if_nothing_had_been(made: Any, folder: Path) -> None:
+    """From two processes on one, and from one on two: weights, average, mAP and norms of a run that never stopped."""
+
+    def on(name: str, world: World) -> None:
+        torch.set_num_threads(1)
+        job, loop = build(made, folder / name, world)
+        done = fit(job, folder / name, replace(loop, updates=6), world=world, allow=("updates",))
+        assert done.level == "sample-exact" and done.step == 6
+
+    shutil.copytree(folder / "alone", folder / "spread")
+    on("shards", World())
+    assert ranks(2, lambda world: on("spread", world), seconds=60) == [0, 0]
+    runs.trained(made, folder / "through", updates=6)
+    wanted = [r for r in rows(folder / "through") if r["step"] > 4]
+    for name in ("shards", "spread"):
+        assert relative_l2(folder / name, folder / "through") < 1e-5
+        found = [r for r in rows(folder / name) if r["step"] > 4]
+        assert [sorted(r) for r in found] == [sorted(r) for r in wanted]
+        for row, other in zip(found, wanted):
+            numbers = row.get("evaluation") or {k: row[k] for k in ("loss", "grad_norm")}
+            assert numbers == pytest.approx({k: (other.get("evaluation") or other)[k] for k in numbers}, abs=1e-5)
 
 
 def test_a_job_proves_its_codes_on_every_process(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,46 @@ class _Through(nn.Module):
 _THROUGH = _Through()  # one object: a compiled model sees the same module each time
 
 
+class _First(nn.ModuleList):
+    """Layers of which a forward that walks them meets the first alone; whoever walks the modules meets all."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(list(self._modules.values())[:1])
+
+    def __getitem__(self, index: Any) -> Any:
+        return nn.ModuleList(self) if isinstance(index, slice) else super().__getitem__(index)
+
+
+@contextmanager
+def _one_layer(model: Any) -> Iterator[None]:
+    """Within it a model of transformers runs its first layer alone: no other has to be gathered or dequantized.
+
+    All layers stay in the model, for FSDP2 looks for its own in the first forward.
+    """
+    base: Any = getattr(model, "base_model", model)
+    layers = getattr(base, "layers", None)
+    if type(layers) is not nn.ModuleList:
+        yield
+        return
+    base.layers = _First(list(layers))
+    try:
+        yield
+    finally:
+        base.layers = layers
+
+
 @torch.no_grad()
 def plain_head(model: nn.Module) -> bool:
-    """Try on four tokens whether the logits are the head applied to the last hidden state and nothing more."""
+    """Try on four tokens whether the logits are the head applied to the last hidden state and nothing more.
+
+    What the layers before have made of the tokens is of no matter, so the first has to do.
+    """
+    with _one_layer(inner(model)):
+        return _is_plain(model)
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """Compare what a model makes of four tokens with what its head makes of its last hidden state."""
     owner, training = inner(model), model.training
     model.eval()
     try:

@@ -22,6 +22,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.names import matches
 from tensorkeep.training import _sharding as sharding
 from tensorkeep.training import randomness
+from tensorkeep.training._names import Names
 from tensorkeep.training.batches import is_flow
 from tensorkeep.training.distributed import World, gathered
 from tensorkeep.training.job import Job, Loop
@@ -95,6 +96,7 @@ def snapshot(
     scaler: Any,
     evaluations: list[dict[str, Any]],
     data: dict[str, Any],
+    names: Names | None = None,
 ) -> State:
     """Take the run's state after update `step`; every rank must call it.
 
@@ -109,8 +111,10 @@ def snapshot(
         scaler: torch's gradient scaler.
         evaluations: what each evaluation gave.
         data: what `data_facts` says.
+        names: what is known of the job's model from a save before.
     """
-    tensors, ties = stored_tensors(job.model, base=job.base is not None)
+    names = names or Names()
+    tensors, ties = stored_tensors(job.model, job.base is not None, names)
     optimizer, groups = optimizer_state(job.model, job.optimizer)
     averages: dict[str, Tensor] = {} if job.ema is None else job.ema.state_dict()
     flow = job.data.state_at(samples) if is_flow(job.data) else None
@@ -138,7 +142,7 @@ def snapshot(
         "rng": gathered(world, randomness.capture()),
         **({} if flow is None else {"flow": flow}),
     }
-    return State(tensors, optimizer, averages, document, job.base, not_captured(job))
+    return State(tensors, optimizer, averages, document, job.base, not_captured(job, names))
 
 
 def _plain(recipe: Mapping[str, Any]) -> Any:
@@ -149,9 +153,9 @@ def _plain(recipe: Mapping[str, Any]) -> Any:
         raise TensorkeepError(f"holds a value that is not plain: {error}", where="job.recipe") from None
 
 
-def not_captured(job: Job) -> tuple[str, ...]:
+def not_captured(job: Job, names: Names | None = None) -> tuple[str, ...]:
     """List the parts of a job that may hold state and declare none; the manifest names them."""
-    out = [f"model ({name})" for name in undeclared(job.model)]
+    out = [f"model ({name})" for name in undeclared(job.model, names)]
     for name in ("data", "collate", "loss", "count", "schedule", "divisor", "evaluate"):
         part = getattr(job, name)
         owner = getattr(part, "__self__", part)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tensorkeep.output import Output
 from tensorkeep.training._graphs import Recorded
+from tensorkeep.training._names import Names
 from tensorkeep.training.distributed import World
 from tensorkeep.training.job import Job, Loop
 from tensorkeep.training.status import STATUS, StatusFile, finished, ours
@@ -41,6 +42,7 @@ class Run:
         evaluations: what each evaluation gave, `{"step": ..., name: value}`.
         level: how exact the resume was, None where the run began anew.
         status: the run's status.json, on the first rank once the start is through.
+        names: where the tensors that are saved lie in the model.
     """
 
     job: Job
@@ -58,6 +60,7 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     level: str | None = None
     status: StatusFile | None = None
+    names: Names = field(default_factory=Names)
 
 
 def trained(job: Job) -> list[Tensor]:

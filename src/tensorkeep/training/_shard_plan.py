@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import WriteItem
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage import run_folder
@@ -22,6 +23,7 @@ from tensorkeep.training.distributed import World, from_first, gathered, togethe
 from tensorkeep.training.hosts import Hosts
 from tensorkeep.training.state_files import State
 
+_Kind = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
 _LISTED = 1024  # bytes of a chunk in the lists and in `.metadata`, at most
 
 
@@ -63,10 +65,12 @@ class ShardPlan:
         self.world, self.hosts = world, hosts
         self._sizes: list[tuple[int, int]] = []  # of each rank: bytes of its file, and chunks in it
         self._kinds: list[Any] | None = None
-        self._items: SavePlan | None = None
         self._metadata: Metadata | None = None
         self._share: Share | None = None
         self._description: bytes | None = None
+        self._known: dict[str, tuple[Tensor, _Kind]] = {}  # of the state before, by name
+        self._chunks: dict[str, Tensor] = {}  # of the save before, by key
+        self._wanted: dict[str, WriteItem] = {}  # what each key is to the planner
 
     def _keep(self, description: bytes) -> None:
         self._description = description
@@ -84,9 +88,10 @@ class ShardPlan:
         Raises:
             TensorkeepError: on every rank: a tensor cannot be stored, the disk is full or fails.
         """
-        planner = self._planned(state)
-        share, items = self._share, self._items
-        assert share is not None and items is not None
+        with torch.no_grad():  # this rank's part of a tensor then costs nothing
+            planner = self._planned(state)
+        share = self._share
+        assert share is not None
         step, needed = state.document["step"], sum(self._kept()) + len(document)
 
         def place() -> tuple[str, str, bool]:
@@ -98,11 +103,9 @@ class ShardPlan:
             return str(folder), f"{folder.name}/{secrets.token_hex(8)}", self._description is not None
 
         folder, meeting, known = self._place(place)
-        by_index = {item.index: item for item in items.items}
-        tensors = {
-            key: plain(planner.resolve_data(by_index[item.at]), item.at.fqn)  # type: ignore[arg-type]
-            for key, item in share.items.items()
-        }
+        with torch.no_grad():
+            self._chunks = {key: self._chunk(planner, key, item.at.fqn) for key, item in share.items.items()}
+        tensors = dict(self._chunks)
         trained = {f"model.{name.rpartition('/')[0]}" for name in state.optimizer}
         steady = frozenset(
             k for k, i in share.items.items() if not i.at.fqn.startswith("model.") or i.at.fqn in trained
@@ -118,7 +121,8 @@ class ShardPlan:
         Args:
             state: as `part` takes it, but tensors may lie on meta.
         """
-        self._planned(state)
+        with torch.no_grad():
+            self._planned(state)
         return self._kept()
 
     def _kept(self) -> list[int]:
@@ -143,13 +147,31 @@ class ShardPlan:
     def _planned(self, state: State) -> DefaultSavePlanner:
         """Set up a planner of a state, and plan anew where tensors are not those of the plan before."""
         nested = {k: v for k, v in (("model", state.model), ("optimizer", state.optimizer), ("ema", state.ema)) if v}
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(nested, is_coordinator=self.world.first)
-        kinds = [(name, _kind(tensor)) for name, tensor in planner.state_dict.items()]
+        flat = {f"{part}.{name}": tensor for part, own in nested.items() for name, tensor in own.items()}
+        known = {name: self._seen(name, tensor) for name, tensor in flat.items()}
+        kinds = [(name, kind) for name, (_, kind) in known.items()]
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(flat, is_coordinator=self.world.first)
         if not all(gathered(self.world, kinds == self._kinds)):
-            self._agree(planner)
+            whole = DefaultSavePlanner()  # what it flattens is told to whoever reads the checkpoint
+            whole.set_up_planner(nested, is_coordinator=self.world.first)
+            self._chunks = {}
+            self._agree(whole)
             self._kinds = kinds
+        self._known = known
         return planner
+
+    def _seen(self, name: str, tensor: Tensor) -> tuple[Tensor, _Kind]:
+        """Return a tensor with what the plan depends on, which for the very tensor of the state before is known."""
+        known = self._known.get(name)
+        return known if known is not None and known[0] is tensor else (tensor, _kind(tensor))
+
+    def _chunk(self, planner: DefaultSavePlanner, key: str, name: str) -> Tensor:
+        """Return a chunk of a tensor where it lies, that of the save before where it lies there still."""
+        before, part = self._chunks.get(key), _local(self._known[name][0])
+        if before is not None and before.data_ptr() == part.data_ptr() and before.stride() == part.stride():
+            return before  # dtype and shape are those of the plan
+        return plain(planner.resolve_data(self._wanted[key]), name)  # type: ignore[arg-type]
 
     def _agree(self, planner: DefaultSavePlanner) -> None:
         """Let the first rank make one plan of all ranks', so that what several hold is written once."""
@@ -166,13 +188,19 @@ class ShardPlan:
         dist.scatter_object_list(own, plans)
         if isinstance(own[0], TensorkeepError):
             raise own[0]
-        self._items, self._description = own[0], None
+        self._description = None
         self._share = lay_out(f"__{world.rank}_0.distcp", own[0].items, {})
+        by_index = {item.index: item for item in own[0].items}
+        self._wanted = {key: by_index[item.at] for key, item in self._share.items.items()}
         self._sizes = gathered(world, (self._share.layout.size, len(self._share.items)))
 
 
-def _kind(tensor: Any) -> tuple[Any, ...]:
+def _kind(tensor: Tensor) -> _Kind:
     """What the plan depends on: dtype, sizes of the whole and of this rank's part."""
-    local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    part = tensor if local is None else local()
-    return tensor.dtype, tuple(tensor.shape), tuple(part.shape)
+    return tensor.dtype, tuple(tensor.shape), tuple(_local(tensor).shape)
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return this rank's part of a tensor."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part

@@ -15,30 +15,29 @@ from torch.optim import Optimizer
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import _sharding as sharding
+from tensorkeep.training._names import Names
 
 
-def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+def stored_tensors(
+    model: nn.Module, base: bool, names: Names | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """List the tensors of a model that a checkpoint keeps.
 
     Args:
         model: the live model.
         base: keep only what trains and the buffers that training changes; frozen parameters and the codes of quantized
             modules (those that say `frozen_state`) belong to the base.
+        names: what is known of this model, and this `base`, from a call before.
 
     Returns:
         Tensors by name, not copied; and for each name that is tied to one of them, that one's name.
     """
-    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} if base else set()
-    if base:
-        for path, module in model.named_modules():
-            if getattr(module, "frozen_state", False):
-                prefix = f"{path}." if path else ""
-                frozen |= {prefix + n for n in module.state_dict()} - _trainable(module, prefix)
+    names = names or Names()
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in frozen or not isinstance(value, Tensor):
+    for name, value in names.entries(model, lambda: _entries(model, base)):
+        if not isinstance(value, Tensor):
             continue
         place: tuple[Any, ...] = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
         if not value.numel() or value.data_ptr() == 0:  # empty or sharded: no address of its own
@@ -47,13 +46,31 @@ def stored_tensors(model: nn.Module, base: bool) -> tuple[dict[str, Tensor], dic
             ties[name] = first[place]
         else:
             first[place] = name
-            tensors[name] = value.detach()
+            tensors[name] = names.detached(name, value)
     return tensors, ties
 
 
-def undeclared(model: nn.Module) -> list[str]:
-    """List entries of a model's state that are no tensors (a module's extra state), which checkpoints leave out."""
-    return [name for name, value in model.state_dict(keep_vars=True).items() if not isinstance(value, Tensor)]
+def _entries(model: nn.Module, base: bool) -> list[tuple[str, Any]]:
+    """List the entries of a model's state dict, without tensors that belong to a base."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} if base else set()
+    if base:
+        for path, module in model.named_modules():
+            if getattr(module, "frozen_state", False):
+                prefix = f"{path}." if path else ""
+                frozen |= {prefix + n for n in module.state_dict()} - _trainable(module, prefix)
+    found = model.state_dict(keep_vars=True).items()
+    return [(name, value) for name, value in found if not isinstance(value, Tensor) or name not in frozen]
+
+
+def undeclared(model: nn.Module, names: Names | None = None) -> list[str]:
+    """List entries of a model's state that are no tensors (a module's extra state), which checkpoints leave out.
+
+    Args:
+        model: the live model.
+        names: what `stored_tensors` found of it.
+    """
+    found = (names or Names()).entries(model, lambda: list(model.state_dict(keep_vars=True).items()))
+    return [name for name, value in found if not isinstance(value, Tensor)]
 
 
 def _trainable(module: nn.Module, prefix: str) -> set[str]:
@@ -199,7 +216,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, T
         name = names[id(parameter)]
         for slot, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{slot}"] = value.detach()
+                tensors[f"{name}/{slot}"] = value.detach() if value.requires_grad else value
             else:
                 values.setdefault(name, {})[slot] = value
     groups = [

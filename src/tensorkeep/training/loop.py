@@ -215,7 +215,7 @@ def _save(run: Run) -> None:
     """Save a checkpoint of this step; every rank takes part, and writes where tensors are in shards."""
     with watchdog.doing("save of step", run.step):
         state = resuming.snapshot(
-            run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data
+            run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data, run.names
         )
         if run.saver:
             if run.world.first:
