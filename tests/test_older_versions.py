@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from tensorkeep import cli
-from tensorkeep.formats.memory import digest_of
 from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
 from tests.tools import ROOT
@@ -62,19 +61,15 @@ def test_a_run_of_an_older_version_goes_on_with_its_own_numbers(
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     kept = [row for row in before if row["step"] <= SAVED[kind]]
     assert found[: len(kept)] == kept and len(found) > len(kept)
-    # kernels of another machine may round otherwise; on the same one every bit is the old version's
-    exact = f"at step {SAVED[kind]}, exact" in said
+    # kernels of another machine may round otherwise, and 0.1.0 did not write down which processor it was
+    assert f"at step {SAVED[kind]}, sample-exact" in said
     for row, then in zip(found[len(kept) :], expected[len(kept) :]):
-        assert flat(row) == (flat(then) if exact else pytest.approx(flat(then), rel=1e-5, abs=1e-8))
+        assert flat(row) == pytest.approx(flat(then), rel=1e-5, abs=1e-8)
     assert cli.main(["verify", "run"]) == 0
     # what it wrote is of this version, and goes on as well
     assert yaml.safe_load((folder / "run" / "recipe.yaml").read_text())["version"] == 2
     newest = checkpoint.newest(folder / "run")
     assert newest is not None and newest[0].document["recipe"]["version"] == 2
-    if exact and kind == "language":
-        digests = json.loads((folder / "expected_digests.json").read_text())
-        state = {part: getattr(newest[0], part) for part in digests}
-        assert {p: {n: digest_of(t) for n, t in tensors.items()} for p, tensors in state.items()} == digests
     assert cli.main(["train", kind, "run/recipe.yaml", "--out", "run", "--device", "cpu"]) == 0
     assert rows(folder / "run") == found and " now" not in capsys.readouterr().err
 
