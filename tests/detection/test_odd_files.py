@@ -1,4 +1,4 @@
-"""Files that few tools write and every player plays: read whole and at their times; and what is no whole video: named."""
+"""Files that few tools write and every player plays: read whole and at their times; what is no video is named."""
 
 import os
 import struct
@@ -13,6 +13,7 @@ pytest.importorskip("av")
 import av
 
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
+from tensorkeep.detection.data.features import count_features, read_features
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError
@@ -149,3 +150,12 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(TensorkeepError, match="is no file"):
         probe(tmp_path / "pipe.mp4")
+
+
+def test_a_feature_file_is_read_whatever_the_case_of_its_ending(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(12, 4)).astype("f4")
+    for name in ("a.npy", "b.NPY"):
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, rows)
+        assert count_features(tmp_path / name, 4) == 12
+        assert np.array_equal(read_features(tmp_path / name, 4).T.numpy(), rows)

@@ -84,9 +84,7 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
             kind = _other_format(path) if opening else None
             if _lacks_index(path):
                 what = "cut short: an MP4 without its index (moov), which is written last"
-                raise TensorkeepError(
-                    what, where=path, hint="download or record it anew; untrunc may save some"
-                ) from None
+                raise TensorkeepError(what, where=path, hint="fetch or record it anew") from None
             if kind:
                 hint = f"formats that are read: {_READ}"
                 raise TensorkeepError(f"is {kind}: its format is not read", where=path, hint=hint) from None
@@ -119,7 +117,8 @@ def _other_format(path: str | Path) -> str | None:
 
 def _lacks_index(path: str | Path) -> bool:
     """Return whether a file begins as an MP4 does, and its boxes end before one that says where its pictures lie."""
-    length, place, found = Path(path).stat().st_size, 0, []
+    found: list[bytes] = []
+    length, place = Path(path).stat().st_size, 0
     with Path(path).open("rb") as file:
         while place + 8 <= length and len(found) < _BOXES:
             file.seek(place)

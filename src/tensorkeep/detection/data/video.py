@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tensorkeep.detection.data.clip_memory import clip_memory
 from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
@@ -76,7 +77,7 @@ def decode(
 
     def memory_for(k: int, shape: tuple[int, int]) -> Picture:
         if not out:
-            out.append(np.empty((len(wanted), 3, *shape), dtype=np.uint8))
+            out.append(clip_memory((len(wanted), 3, *shape)))
         slot: Picture = out[0][order[bounds[k]]]
         return slot
 
