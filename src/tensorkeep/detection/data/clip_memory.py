@@ -27,8 +27,11 @@ def clip_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     size = math.prod(shape)
     if not _LEAST <= size <= _MOST:
         return np.empty(shape, dtype=np.uint8)
-    memory = _kept.pop() if _kept else None
-    if memory is None or not size <= len(memory) <= 2 * size:
+    try:
+        memory = _kept.pop()
+    except IndexError:  # no asking before: another thread may be faster
+        memory = np.empty(0, dtype=np.uint8)
+    if not size <= len(memory) <= 2 * size:
         memory = np.empty(size, dtype=np.uint8)
     made = memory[:size].reshape(shape)
     weakref.finalize(made, _give_back, memory).atexit = False

@@ -127,12 +127,17 @@ def stream_windows(
         held[index] = picture
         lacking.discard(index)
         while not lacking:
-            yield torch.from_numpy(np.stack([held[i] for i in lists[k]]))
+            yield _joined([held[i] for i in lists[k]])
             held = {i: kept for i, kept in held.items() if last_use[i] > k}
             k += 1
             if k == len(lists):
                 return
             lacking = set(lists[k]) - held.keys()
+
+
+def _joined(pictures: list[Picture]) -> Tensor:
+    """Return pictures of one shape as `[T, 3, H, W]`."""
+    return torch.from_numpy(np.stack(pictures, out=clip_memory((len(pictures), *pictures[0].shape))))
 
 
 def find_damage(path: str | Path, frames: int) -> list[Problem]:
