@@ -15,6 +15,7 @@ import av
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
 from tensorkeep.detection.data.features import count_features, read_features
 from tensorkeep.detection.data.picture_checks import check_pictures
+from tensorkeep.detection.data.sheets import read_sheet
 from tensorkeep.detection.data.video import decode
 from tensorkeep.errors import TensorkeepError
 
@@ -159,3 +160,10 @@ def test_a_feature_file_is_read_whatever_the_case_of_its_ending(tmp_path):
             np.save(file, rows)
         assert count_features(tmp_path / name, 4) == 12
         assert np.array_equal(read_features(tmp_path / name, 4).T.numpy(), rows)
+
+
+def test_a_table_that_puts_a_video_in_two_subsets_is_named_by_its_file(tmp_path):
+    path = tmp_path / "times.csv"
+    path.write_text("video,start,end,label,split\na,1,2,hop,train\na,3,4,hop,val\n")
+    with pytest.raises(TensorkeepError, match=r"times\.csv: row 3: 'a' is in 'val', above in 'train'"):
+        read_sheet(path)
