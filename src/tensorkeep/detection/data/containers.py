@@ -11,6 +11,7 @@ transport streams start their clock again) frames are counted by decoding once. 
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from tensorkeep.errors import TensorkeepError
 
 # their packets need not show a picture, or their pictures are changes to those before without a keyframe
 _UNTRUSTED = {"vp8", "gif", "apng"}
+_PARTS = 1000  # of a unit of time
+_BARE = {"h264", "hevc", "vvc", "mpegvideo"}  # containers that are the pictures' own stream
 _EVEN = 0.5  # frames whose times are off the mean rate by less than this part of a frame are evenly spread
 
 
@@ -175,7 +178,8 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     del length, changed
     with opened(path) as (container, stream):
         codec, kind, unit = stream.codec_context.name, container.format.name, float(stream.time_base or 1)
-        rate = float(stream.average_rate or 25)
+        # bare pictures have no header: their average is FFmpeg's default, whatever rate the pictures state
+        rate = float((stream.guessed_rate if kind in _BARE else stream.average_rate) or 25)
         every = [
             Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
             for p in demuxed(container, stream)
@@ -186,9 +190,10 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     if not shown:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
     restarts = clock_restarts(rows)
+    plain, restarts = not restarts, [] if kind.startswith("mov") and _shown_in_turn(rows, restarts) else restarts
     # AVI has one time a packet, the decoder's: where pictures are reordered nothing says when they are shown
     guessed = kind == "avi" and any(row.pts != row.dts for row in shown)
-    plain = codec not in _UNTRUSTED and not guessed and not restarts
+    plain = plain and codec not in _UNTRUSTED and not guessed
     shown = _presented(path, rows, shown) if plain else shown
     times = [row.pts for row in shown if row.pts is not None]
     if not plain or len(set(times)) != len(shown) or not shown:
@@ -199,6 +204,13 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         table = FrameTable(pts, np.array(keys, dtype=np.int64), unit, False, _last_step(pts, unit, rate))
     lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
     return table._replace(lost=(*table.lost, *lost), notes=notes)
+
+
+def _shown_in_turn(rows: list[Packet], restarts: list[int]) -> bool:
+    """Return whether parts between which decoding goes back are shown one after the other, as an edit list has it."""
+    edges = [0, *restarts, len(rows)]
+    parts = [[r.pts for r in rows[a:b] if r.pts is not None and not r.discard] for a, b in pairwise(edges)]
+    return all(max(a) < min(b) for a, b in pairwise(part for part in parts if part))
 
 
 def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packet]:
@@ -271,10 +283,27 @@ def _rising(
             made = made[0] + np.concatenate([[0], np.cumsum(np.where(steps > 0, steps, usual))])
         if (np.diff(made) > 0).all():
             return made, unit
+        if (np.diff(made) >= 0).all() and made[-1] > made[0]:
+            return _parted(made), unit / _PARTS
     ordered = np.unique(np.array(dts, dtype=np.int64))
     if len(ordered) == number and not restarted:
         return ordered, unit
+    own = np.unique(np.array(known, dtype=np.int64))
+    if len(own) == number and not restarted:  # AVI's, of pictures that were reordered
+        return own, unit
     return np.arange(number), 1 / rate
+
+
+def _parted(times: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return times, in units of 1 / `_PARTS`, at which pictures of one time are spread over its unit.
+
+    Matroska counts whole milliseconds, so that the pictures of a burst come at one time.
+    """
+    starts = np.flatnonzero(np.diff(times, prepend=times[0] - 1))
+    counts = np.diff(starts, append=len(times))
+    nth = np.arange(len(times)) - np.repeat(starts, counts)
+    made: NDArray[np.int64] = times * _PARTS + nth * _PARTS // np.repeat(counts, counts)
+    return made
 
 
 def _last_step(pts: NDArray[np.int64], unit: float, rate: float) -> float:

@@ -26,6 +26,7 @@ _STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give 
 _TS_PACKETS = (188, 192, 204)
 _HEAD, _TAIL = 4096, 65536  # bytes that are looked at
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
+_OPEN = (b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75")  # Matroska's segments and clusters, which are looked into
 _BEHIND = 0.02  # part of a file at its end that may be no packet
 
 
@@ -141,16 +142,56 @@ def _cut_short(
     said = said or (container.duration or 0) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
-    states = kind in _STATES_LENGTH and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
+    states = kind in _STATES_LENGTH and not _unfinished(path, kind)
+    states = states and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
     if states and end < said * (1 - _LATE) and _last_end(opened) < said * (1 - _LATE):
         return f"{what}, its header says {said:.2f} s"
     if torn:
         return f"{what}, and the beginning of one more"
-    if _lacks_end(path, kind, length):
+    if _lacks_end(path, kind, length) or (kind == "matroska" and not said and _open_element(path, length)):
         return f"{what}, then the file ends where its format has more"
-    if kind == "mpegts" and all(length % size for size in _TS_PACKETS):
+    if kind == "mpegts" and not _whole_ts_packets(path, length):
         return f"{what}, it ends within a packet"
     return None
+
+
+def _unfinished(path: Path, kind: str) -> bool:
+    """Return whether an AVI's header was never completed, as in a pipe: the lengths in it are none."""
+    with path.open("rb") as file:
+        return kind == "avi" and file.read(8)[4:] in (bytes(4), b"\xff" * 4)
+
+
+def _whole_ts_packets(path: Path, length: int) -> bool:
+    """Return whether a transport stream ends with a whole packet, wherever its first one lies."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    for size in _TS_PACKETS:  # 192: four bytes before each
+        for first in range(size):
+            if head[first : first + 4 * size : size] == b"GGGG":
+                return (length - first) % size in (0, size - 4)
+    return any(length % size == 0 for size in _TS_PACKETS)
+
+
+def _open_element(path: Path, length: int) -> bool:
+    """Return whether the last element of a Matroska file without a stated length, a live recording, is not whole."""
+    place = 0
+    with path.open("rb") as file:
+        while place < length:
+            file.seek(place)
+            head = file.read(12)
+            name, width = _width(head), _width(head[_width(head) :])
+            if not name or not width or len(head) < name + width:
+                return place + 12 > length and any(head)  # zeros are padding, anything else no Matroska
+            size = int.from_bytes(head[name : name + width], "big") - (1 << 7 * width)
+            place += name + width
+            if head[:name] not in _OPEN and size < (1 << 7 * width) - 1:
+                place += size
+    return place > length
+
+
+def _width(head: bytes) -> int:
+    """Return how many bytes a number of Matroska's takes that begins with these; 0 where none does."""
+    return 9 - head[0].bit_length() if head and head[0] else 0
 
 
 def _lacks_end(path: Path, kind: str, length: int) -> bool:

@@ -44,7 +44,7 @@ def read_features(
         torch.Size([2048, 100])
     """
     path = Path(path)
-    array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
+    array = _numpy_rows(path) if path.suffix.lower() == ".npy" else _tensor_rows(path)
     if array.ndim != 2:
         raise TensorkeepError(f"its shape is {tuple(array.shape)}, features are [T, C]", where=path)
     if channels_first:
@@ -61,7 +61,7 @@ def read_features(
 def count_features(path: str | Path, channels: int, *, channels_first: bool = False) -> int:
     """Return the number of time steps T of a feature file; of an `.npy` only the header is read."""
     path = Path(path)
-    array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
+    array = _numpy_rows(path) if path.suffix.lower() == ".npy" else _tensor_rows(path)
     shape = tuple(array.shape)
     if len(shape) != 2 or shape[0 if channels_first else 1] != channels or 0 in shape:
         what = f"its shape is {shape}, not {'[C, T]' if channels_first else '[T, C]'} with {channels} channels"
@@ -144,7 +144,7 @@ def _named(paths: Sequence[str | Path]) -> str:
 
 def _shape(path: Path, channels_first: bool) -> tuple[int, int]:
     """Return the time steps and channels of a file."""
-    array = _numpy_rows(path) if path.suffix == ".npy" else _tensor_rows(path)
+    array = _numpy_rows(path) if path.suffix.lower() == ".npy" else _tensor_rows(path)
     shape = tuple(array.shape)
     if len(shape) != 2 or 0 in shape:
         raise TensorkeepError(f"its shape is {shape}, features are [T, C]", where=path)

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ _DEMUXERS = (
 )
 _ALLOWED = {"protocol_whitelist": "file", "format_whitelist": _DEMUXERS}
 _READ = "mp4, mov, mkv, webm, avi, ts, mpg, wmv, flv, ogv, gif and others that FFmpeg reads from one file"
+_BOXES = 10_000  # of an MP4 at most are looked at
 _ATTACHED = 1024  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC: a cover, no video
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://?", re.IGNORECASE)
 # the first bytes of what people hand over in place of a video
@@ -43,6 +45,8 @@ _OTHERS = (
     (rb"....ftyp(avif|avis|heic|heix|mif1|msf1)", "an AVIF or HEIF picture"),
     (rb"\s*#EXTM3U", "an HLS playlist, no video"),
     (rb"\s*<\?xml.{0,300}<MPD", "a DASH playlist, no video"),
+    (rb"\s*<(!doctype html|!DOCTYPE html|html|HTML)", "a web page, no video"),
+    (rb"$", "an empty file, no video"),
     (rb"%PDF", "a PDF file"),
     (rb"PK\x03\x04", "a ZIP archive"),
     (rb"\x1f\x8b", "a gzip file"),
@@ -61,10 +65,12 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
         threads: of the decoder; 0: as many as it can use.
 
     Raises:
-        TensorkeepError: The file is no video or has no video stream, in place of FFmpeg's own errors.
+        TensorkeepError: The file is no video or has no video stream, in place of FFmpeg's own errors; or is no file
+            (a pipe would be waited for).
     """
     av = import_av()
-    file_state(path)
+    if not stat.S_ISREG(file_state(path).st_mode):
+        raise TensorkeepError("is no file", where=path, hint="videos are read from files alone")
     opening = True
     with explained(path):
         try:
@@ -72,9 +78,13 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
                 opening = False
                 yield container, _stream_of(container, path, threads)
         except av.error.FFmpegError as error:
-            if isinstance(error, OSError):
-                raise
+            if isinstance(error, OSError):  # of the system, or FFmpeg's word for what lies in the file
+                with Path(path).open("rb") as file:
+                    file.read(1)
             kind = _other_format(path) if opening else None
+            if _lacks_index(path):
+                what = "cut short: an MP4 without its index (moov), which is written last"
+                raise TensorkeepError(what, where=path, hint="fetch or record it anew") from None
             if kind:
                 hint = f"formats that are read: {_READ}"
                 raise TensorkeepError(f"is {kind}: its format is not read", where=path, hint=hint) from None
@@ -103,6 +113,21 @@ def _other_format(path: str | Path) -> str | None:
         start = file.read(400)
         return next((name for form, name in _OTHERS if re.match(form, start, re.DOTALL)), None)
     return None
+
+
+def _lacks_index(path: str | Path) -> bool:
+    """Return whether a file begins as an MP4 does, and its boxes end before one that says where its pictures lie."""
+    found: list[bytes] = []
+    length, place = Path(path).stat().st_size, 0
+    with Path(path).open("rb") as file:
+        while place + 8 <= length and len(found) < _BOXES:
+            file.seek(place)
+            head = file.read(16)
+            size = int.from_bytes(head[:4], "big")
+            size = int.from_bytes(head[8:], "big") if size == 1 else size or length
+            found.append(head[4:8])
+            place += max(size, 8)
+    return found[:1] == [b"ftyp"] and b"mdat" in found and b"moov" not in found
 
 
 def refuse_address(name: str | Path) -> None:

@@ -110,7 +110,7 @@ def sheet_of_table(
         actions = [a for a in actions if a.start != a.end]
     if not actions:
         raise TensorkeepError("no action with a start and an end in it", where=source)
-    subsets, facts = _of_videos(table, comma, actions, found, notes)
+    subsets, facts = _of_videos(table, comma, actions, found, notes, source)
     notes += [*([note] if note else []), *_notes(table, actions)]
     return Sheet(source, tuple(actions), tuple(dict.fromkeys(empty)), subsets, facts, unit_said, tuple(notes))
 
@@ -288,7 +288,12 @@ def _number(table: _Table, role: str, text: str, comma: bool) -> float:
 
 
 def _of_videos(
-    table: _Table, comma: bool, actions: Sequence[Action], found: Sequence[tuple[Action, int]], notes: list[str]
+    table: _Table,
+    comma: bool,
+    actions: Sequence[Action],
+    found: Sequence[tuple[Action, int]],
+    notes: list[str],
+    source: str,
 ) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     """What the table says of videos: subset, and duration where a column holds it."""
     subsets: dict[str, str] = {}
@@ -309,7 +314,7 @@ def _of_videos(
     if "subset" in table.columns.places:
         videos = dict.fromkeys(a.video for a in actions)
         problems += [f"{video!r} has no subset in any row" for video in videos if video not in subsets]
-    refuse_all(problems, table.stem)
+    refuse_all(problems, source)
     if not lengths or (role == "length" and "end" not in table.columns.places):
         return subsets, {}
     name = table.header[table.columns.places[role]]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tensorkeep.detection.data.clip_memory import clip_memory
 from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
@@ -76,7 +77,7 @@ def decode(
 
     def memory_for(k: int, shape: tuple[int, int]) -> Picture:
         if not out:
-            out.append(np.empty((len(wanted), 3, *shape), dtype=np.uint8))
+            out.append(clip_memory((len(wanted), 3, *shape)))
         slot: Picture = out[0][order[bounds[k]]]
         return slot
 
@@ -126,12 +127,17 @@ def stream_windows(
         held[index] = picture
         lacking.discard(index)
         while not lacking:
-            yield torch.from_numpy(np.stack([held[i] for i in lists[k]]))
+            yield _joined([held[i] for i in lists[k]])
             held = {i: kept for i, kept in held.items() if last_use[i] > k}
             k += 1
             if k == len(lists):
                 return
             lacking = set(lists[k]) - held.keys()
+
+
+def _joined(pictures: list[Picture]) -> Tensor:
+    """Return pictures of one shape as `[T, 3, H, W]`."""
+    return torch.from_numpy(np.stack(pictures, out=clip_memory((len(pictures), *pictures[0].shape))))
 
 
 def find_damage(path: str | Path, frames: int) -> list[Problem]:
