@@ -48,8 +48,8 @@ class Codes(NamedTuple):
         if self.kind == "nf4":
             packed = self.packed()
             return unpack(packed.layout, packed.tensors, dtype)
-        found = torch.cat([self.codes & 15, self.codes >> 4], 1).to(torch.int8) - 8
-        return (self.scales.float() * found.float()).to(dtype).view(self.shape)
+        found = torch.cat([self.codes & 15, self.codes >> 4], 1).view(torch.int8).sub_(8)
+        return torch.mul(found, self.scales.float()).to(dtype).view(self.shape)
 
     def packed(self) -> Packed:
         """Return nf4 codes as bitsandbytes stores them, for values in float32."""
@@ -104,7 +104,7 @@ def rounded(weight: Tensor, kind: Aware, name: str = "weight") -> Codes:
         made = pack(weight, "nf4", double=False, name=name)
         return Codes(kind, shape, made.tensors["weight"], made.tensors["absmax"])
     blocks = weight.reshape(-1, ROW_BLOCK)
-    top = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # the first of the largest, with its sign
+    top = _largest(blocks)
     step = top / -8
     scales = step.half()
     if not bool(torch.isfinite(scales).all()):
@@ -114,6 +114,17 @@ def rounded(weight: Tensor, kind: Aware, name: str = "weight") -> Codes:
     codes = (blocks * inverse).add_(8.5).to(torch.uint8).clamp_(max=15)
     half = ROW_BLOCK // 2
     return Codes(kind, shape, codes[:, :half] | codes[:, half:] << 4, scales)
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """Return the first of each block's largest magnitudes with its sign, [blocks, 1]; NaN where a block holds NaN."""
+    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)  # argmax takes five times as long
+    top = torch.where(high > -low, high, low)
+    tied = (high == -low).flatten()
+    if bool(tied.any()):
+        some = blocks[tied]
+        top[tied] = some.gather(1, some.abs().argmax(1, keepdim=True))
+    return top
 
 
 def aware_linear(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, kind: Aware, name: str) -> Tensor:
