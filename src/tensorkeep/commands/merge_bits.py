@@ -70,7 +70,7 @@ def merge_in_bits(
         TensorkeepError: there is no text, or as `rounded_merge`.
     """
     from tensorkeep.adapters import merging
-    from tensorkeep.language.rounded_merge import rounded_merge
+    from tensorkeep.language.rounded_merge import refuse_experts, rounded_merge
 
     bits, texts, device = computed.to_bits, computed.calibrate, computed.device
     if bits == "q4_0":
@@ -81,6 +81,7 @@ def merge_in_bits(
         raise TensorkeepError("rounding needs texts to round by", where="--calibrate", hint=hint)
     if "://" in sink:
         raise TensorkeepError("rounds onto a local disk alone", where=sink, hint="then: tensorkeep convert")
+    refuse_experts(base, bits)
     to = "gguf" if bits == "q4_k" else "hf"
     prepare(out, sink)
     place = Path(sink).absolute().parent
