@@ -2,14 +2,16 @@
 
 Adapters of three strengths (updates of training) and three seeds are trained over an nf4 base through the ordinary
 recipe, merged with `--to-bits` into each form of --bits, and measured as the command does: KL to the merged model in
-floats on held-out rows, of the base, of plain rounding and of the merge. BASE is an hf folder with a tokenizer, or one
-of karpathy's tinyllamas with `tok512.json` beside it.
+floats on held-out rows, of the base, of plain rounding and of the merge; losses and perplexities of the same.
+`--aware` adds what a run trained through nf4 over the float base gives on these rows. BASE is an hf folder with a
+tokenizer, or one of karpathy's tinyllamas with `tok512.json` beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -32,6 +34,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bits", nargs="+", default=["nf4"], help="forms to merge to: nf4 fp4 int8 mxfp4 q4_k")
+    parser.add_argument("--batch", type=int, default=8, help="rows of an update")
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the texts, to train on; the rest rounds and measures"
+    )
+    parser.add_argument("--aware", action="store_true", help="train through nf4 too")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,8 +49,8 @@ def main() -> None:
             write_tokenizer(pieces, place / "base")
         trained, rest = place / "trained.txt", place / "rest.txt"
         text = args.texts.read_text()
-        trained.write_text(text[: len(text) // 2])
-        rest.write_text(text[len(text) // 2 :])
+        trained.write_text(text[: int(len(text) * args.share)])
+        rest.write_text(text[int(len(text) * args.share) :])
         for updates in args.updates:
             for seed in range(args.seeds):
                 for row in measured(args, place, trained, rest, updates, seed):
@@ -68,35 +75,57 @@ def write_tokenizer(pieces: Path, folder: Path) -> None:
 
 def measured(args: Any, place: Path, trained: Path, rest: Path, updates: int, seed: int) -> Iterator[dict[str, Any]]:
     """Train one adapter, merge it into each form, and yield the figures."""
-    name = f"{updates}-{seed}"
+    run, trained_s = train(args, place, trained, updates, seed, None)
+    for bits in args.bits:
+        mid = time.perf_counter()
+        out = place / (f"out-{run.name}-{bits}" + (".gguf" if bits == "q4_k" else ""))
+        words = ["--to-bits", bits, "--calibrate", str(rest), "--device", args.device, "--json"]
+        said = json.loads(call("merge", str(run), str(out), *words))["rounded"]
+        figures = {k: said[k] for k in ("kl", "loss", "kept", "kept_plain", "bits", "forms")}
+        figures["perplexity"] = {name: math.exp(loss) for name, loss in said["loss"].items()}
+        took = {"train s": trained_s, "merge s": round(time.perf_counter() - mid, 1)}
+        yield {"updates": updates, "seed": seed, "to": bits, **figures, **took}
+    if args.aware:
+        from benchmarks.aware_merges import held_out_loss
+
+        run, trained_s = train(args, place, trained, updates, seed, "nf4")
+        out = place / f"out-{run.name}"
+        said = json.loads(call("merge", str(run), str(out), "--to-bits", "nf4", "--json"))
+        loss = held_out_loss(out, rest)
+        figures = {"equal": said["equal"], "loss": loss, "perplexity": math.exp(loss), "train s": trained_s}
+        yield {"updates": updates, "seed": seed, "to": "nf4, aware", **figures}
+
+
+def train(args: Any, place: Path, texts: Path, updates: int, seed: int, aware: str | None) -> tuple[Path, float]:
+    """Train one adapter, over nf4 or through the format `aware` over floats; the run and its seconds."""
+    backbone = None if aware else "nf4"
     recipe = {
         "version": 2,
         "model": str(place / "base"),
         "objective": "pretrain",
         "data": {
-            "files": [str(trained)],
+            "files": [str(texts)],
             "length": args.length,
             "packing": "concatenate",
             "cache": str(place / "cache"),
         },
         "optimizer": {"lr": args.lr},
         "schedule": {"kind": "constant"},
-        "adapter": {"lora_r": 8, "targets": ["*_proj"]},
-        "training": {"updates": updates, "epochs": None, "batch_size": 8, "seed": seed, "quantize_backbone": "nf4"},
+        "adapter": {"lora_r": 8, "targets": ["*_proj"], "quantize_aware": aware},
+        "training": {
+            "updates": updates,
+            "epochs": None,
+            "batch_size": args.batch,
+            "seed": seed,
+            "quantize_backbone": backbone,
+        },
     }
-    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-    run = place / f"run-{name}"
+    run = place / f"run-{updates}-{seed}-{aware or 'plain'}"
+    written = run.with_suffix(".yaml")
+    written.write_text(yaml.safe_dump(recipe))
     begun = time.perf_counter()
-    call("train", "language", str(place / f"{name}.yaml"), "--out", str(run), "--device", args.device, "--quiet")
-    trained_s = round(time.perf_counter() - begun, 1)
-    for bits in args.bits:
-        mid = time.perf_counter()
-        out = place / (f"out-{name}-{bits}" + (".gguf" if bits == "q4_k" else ""))
-        words = ["--to-bits", bits, "--calibrate", str(rest), "--device", args.device, "--json"]
-        said = json.loads(call("merge", str(run), str(out), *words))["rounded"]
-        figures = {k: said[k] for k in ("kl", "loss", "kept", "kept_plain", "bits", "forms")}
-        took = {"train s": trained_s, "merge s": round(time.perf_counter() - mid, 1)}
-        yield {"updates": updates, "seed": seed, "to": bits, **figures, **took}
+    call("train", "language", str(written), "--out", str(run), "--device", args.device, "--quiet")
+    return run, round(time.perf_counter() - begun, 1)
 
 
 def call(*words: str) -> str:

@@ -73,7 +73,7 @@ def merge_in_bits(
         TensorkeepError: there is no text, or as `rounded_merge`.
     """
     from tensorkeep.adapters import merging
-    from tensorkeep.language.rounded_merge import rounded_merge
+    from tensorkeep.language.rounded_merge import refuse_experts, rounded_merge
 
     bits, texts, device = computed.to_bits, computed.calibrate, computed.device
     if bits == "q4_0":
@@ -84,6 +84,7 @@ def merge_in_bits(
         raise TensorkeepError(f"{bits} rounds by texts, and none are named", where="--to-bits", hint=hint)
     if "://" in sink:
         raise TensorkeepError("rounds onto a local disk alone", where=sink, hint="then: tensorkeep convert")
+    refuse_experts(base, bits)
     to, place = "gguf" if bits == "q4_k" else "hf", Path(sink).absolute().parent
     prepare(out, sink)
     with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:

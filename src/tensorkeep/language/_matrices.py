@@ -96,6 +96,26 @@ def matrices(
     return found, odd
 
 
+def refuse_experts(view: StateView, bits: Bits) -> None:
+    """Refuse a mixture of experts whose codes nothing would load, by the names of its files alone.
+
+    Args:
+        view: the base.
+        bits: the kind of codes.
+
+    Raises:
+        TensorkeepError: it has experts, and these are no codes of llama.cpp.
+    """
+    expert = next((name for name in view if "experts" in name.split(".")), None)
+    if expert is None or bits == "q4_k":
+        return
+    why = "bitsandbytes' layers take the place of linears alone, and experts are loaded as one stack of floats"
+    if bits == "mxfp4":
+        why = "it is written in compressed-tensors' layout of linears, and GPT-OSS's layout of experts is not written"
+    what = f"transformers loads no {bits} codes of stacked experts, as {expert}: {why}"
+    raise TensorkeepError(what, where="--to-bits", hint="--to-bits q4_k, or merge without --to-bits")
+
+
 def _linear(name: str, path: str, module: Any, view: StateView, bits: Bits, odd: list[str]) -> list[Matrix]:
     """Return a linear's matrix; note one whose rows are no whole blocks."""
     if f"{name}.weight" not in view:

@@ -2,8 +2,8 @@
 
 Two streams of hidden states go through the layers: that of the model as it is, which says what each layer should give,
 and that of the rounded one. Linears that read the same input are rounded together, in the order in which the layer
-calls them, and experts by the tokens that are sent to each; then the layer's scales are trained so that its output
-comes nearest to the wanted one.
+calls them, and experts by the tokens that are sent to each; then the layer's scales, and where these are powers of
+two its codes, are trained so that its output comes nearest to the wanted one.
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._matrices import Matrix
-from tensorkeep.quantization.grids import TRAINED, kept
+from tensorkeep.quantization.grids import TRAINED, kept, level_of, nearest, spread, width_of
 from tensorkeep.quantization.rounding import Rounded, rounded
 from tensorkeep.quantization.stacks import placed
 
 _STEPS, _RATE = 24, 2e-3  # of the scales' training: updates of Adam, and how far one moves a scale, relatively
+_MOVES, _FAR = (
+    200,
+    0.5,
+)  # updates of codes by the gradient's sign (AutoRound, arXiv 2309.05516); steps of a grid at most
 _LENT = 32  # inputs as all experts get them that an expert is given beside its own, so that none is rounded by too few
 Progress = Callable[[str, int, int], None]
 
@@ -80,7 +84,8 @@ def round_layers(
                     made[one.name] = rounded(weight, moments[one.expert], one.form, one.name)
                     weight.copy_(made[one.name].weight())
             del watched
-        made |= _scales_trained(layer, {n: made[n] for n in mine}, mine, calls[number], hidden, wanted)
+        asked = _Layer(layer, mine, calls[number], hidden, wanted)
+        made |= _codes_trained(asked, _scales_trained(asked, {n: made[n] for n in mine}))
         with torch.no_grad():
             hidden = [call.of(layer, x) for call, x in zip(calls[number], hidden)]
         del as_it_was
@@ -253,14 +258,36 @@ def _assembled(layer: nn.Module, found: Mapping[str, Matrix], weights: Mapping[s
     return out
 
 
-def _scales_trained(
-    layer: nn.Module,
-    found: dict[str, Rounded],
-    where: Mapping[str, Matrix],
-    calls: Sequence[Call],
-    hidden: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-) -> dict[str, Rounded]:
+class _Layer(NamedTuple):
+    """A layer, its matrices by name, what it is called with and gets, and what it should give, batch by batch."""
+
+    layer: nn.Module
+    where: Mapping[str, Matrix]
+    calls: Sequence[Call]
+    hidden: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+
+    def loss(self, number: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean squared error of the output with these weights, for one batch."""
+        call, made = self.calls[number], _assembled(self.layer, self.where, weights)
+        out = torch.func.functional_call(self.layer, made, (self.hidden[number], *call.rest), call.named)
+        hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
+        return (hidden_states - self.wanted[number]).square().mean()
+
+    @torch.no_grad()
+    def whole(self, given: Mapping[str, Rounded]) -> float:
+        """Return the same of all batches, added up."""
+        weights = {n: one.weight() for n, one in given.items()}
+        return sum(float(self.loss(k, weights)) for k in range(len(self.calls)))
+
+    @torch.no_grad()
+    def take(self, given: Mapping[str, Rounded]) -> None:
+        """Put weights into the layer."""
+        for name, one in given.items():
+            self.where[name].of(self.layer).copy_(one.weight())
+
+
+def _scales_trained(asked: _Layer, found: dict[str, Rounded]) -> dict[str, Rounded]:
     """Train the scales of a layer towards its wanted output; they stay as they are where that is no gain."""
     shares = {
         (name, key): torch.zeros_like(one.numbers[key], dtype=torch.float32, requires_grad=True)
@@ -275,28 +302,51 @@ def _scales_trained(
         free = {k: one.numbers[k].float() * (1 + shares[name, k]) for k in TRAINED[one.form]}
         return {**one.numbers, **free}
 
-    def loss(number: int, weights: Mapping[str, Tensor]) -> Tensor:
-        call, made = calls[number], _assembled(layer, where, weights)
-        out = torch.func.functional_call(layer, made, (hidden[number], *call.rest), call.named)
-        hidden_states: Tensor = out[0] if isinstance(out, tuple) else out
-        return (hidden_states - wanted[number]).square().mean()
-
-    @torch.no_grad()
-    def whole(given: Mapping[str, Rounded]) -> float:
-        weights = {n: one.weight() for n, one in given.items()}
-        return sum(float(loss(k, weights)) for k in range(len(calls)))
-
-    before = whole(found)
+    before = asked.whole(found)
     for step in range(_STEPS):
         optimizer.zero_grad()
         weights = {n: one.weight(moved(n, one)) for n, one in found.items()}
-        loss(step % len(calls), weights).backward()  # type: ignore[no-untyped-call]
+        asked.loss(step % len(asked.calls), weights).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     with torch.no_grad():
         made = {n: one._replace(numbers=kept(one.form, moved(n, one))) for n, one in found.items()}
-    if not whole(made) < before:
+    if not asked.whole(made) < before:
         return found
+    asked.take(made)
+    return made
+
+
+def _codes_trained(asked: _Layer, found: dict[str, Rounded]) -> dict[str, Rounded]:
+    """Move codes that say what they were rounded from, so that the layer's output is nearer; none where that fails.
+
+    The forward has the rounded numbers, the gradient passes the rounding, and a number moves half a step at most.
+    """
+    free = {n: one for n, one in found.items() if one.before is not None}
+    if not free:
+        return found
+    scales = {n: spread(one.form, one.numbers, (one.codes.shape[0], one.codes.shape[1]))[0] for n, one in free.items()}
+    units = {n: one.before / scales[n] for n, one in free.items() if one.before is not None}
+    widths = {n: width_of(units[n], one.form) for n, one in free.items()}
+    moves = {n: torch.zeros_like(unit, requires_grad=True) for n, unit in units.items()}
+    fixed = {n: one.weight() for n, one in found.items() if n not in free}
+    settled = {n: one._replace(before=None) for n, one in found.items()}
+
+    def weight(name: str) -> Tensor:
+        unit = units[name] + moves[name] * widths[name]
+        return (unit + (level_of(unit.detach(), free[name].form) - unit).detach()) * scales[name]
+
+    for step in range(_MOVES):
+        weights = fixed | {n: weight(n) for n in free}
+        asked.loss(step % len(asked.calls), weights).backward()  # type: ignore[no-untyped-call]
+        for move in moves.values():
+            assert move.grad is not None
+            rate = (1 - step / _MOVES) / _MOVES
+            move.data.sub_(move.grad.sign_(), alpha=rate).clamp_(-_FAR, _FAR)
+            move.grad = None
     with torch.no_grad():
-        for name, one in made.items():
-            where[name].of(layer).copy_(one.weight())
+        codes = {n: nearest(units[n] + moves[n] * widths[n], one.form) for n, one in free.items()}
+    made = {n: one._replace(codes=codes.get(n, one.codes)) for n, one in settled.items()}
+    if not asked.whole(made) < asked.whole(settled):
+        return settled
+    asked.take(made)
     return made

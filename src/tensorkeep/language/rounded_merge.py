@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.formats.view import StateView, read
 from tensorkeep.language._as_trained import base_model, rows_of
-from tensorkeep.language._matrices import Matrix, matrices
+from tensorkeep.language._matrices import Matrix, matrices, refuse_experts
 from tensorkeep.language._rounded_files import planned
 from tensorkeep.language._rounding import Progress, round_layers
 from tensorkeep.language.start import Remark, loaded
@@ -29,6 +29,7 @@ from tensorkeep.quantization.grids import Bits, bits_of
 from tensorkeep.quantization.rounding import Rounded, plainly
 from tensorkeep.training.fsdp import blocks
 
+__all__ = ["refuse_experts", "rounded_merge"]
 _ROWS, _HELD = 128, 8  # most rows that layers are rounded by, and those that measure
 _BATCH = {"cpu": 1, "cuda": 4}  # rows of a forward
 

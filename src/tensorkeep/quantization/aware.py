@@ -24,7 +24,7 @@ from tensorkeep.quantization.unpacking import unpack
 
 Aware = Literal["nf4", "q4_0"]
 ROW_BLOCK = 32  # elements of a row that share a scale in q4_0
-_AT_ONCE = 1 << 18  # elements of a sum at a time, in float64
+_AT_ONCE = 1 << 15  # elements of a sum at a time, in float64: 256 KiB stay in a core's cache
 
 
 class Codes(NamedTuple):
@@ -48,8 +48,8 @@ class Codes(NamedTuple):
         if self.kind == "nf4":
             packed = self.packed()
             return unpack(packed.layout, packed.tensors, dtype)
-        found = torch.cat([self.codes & 15, self.codes >> 4], 1).to(torch.int8) - 8
-        return (self.scales.float() * found.float()).to(dtype).view(self.shape)
+        found = torch.cat([self.codes & 15, self.codes >> 4], 1).view(torch.int8).sub_(8)
+        return torch.mul(found, self.scales.float()).to(dtype).view(self.shape)
 
     def packed(self) -> Packed:
         """Return nf4 codes as bitsandbytes stores them, for values in float32."""
@@ -103,17 +103,42 @@ def rounded(weight: Tensor, kind: Aware, name: str = "weight") -> Codes:
     if kind == "nf4":
         made = pack(weight, "nf4", double=False, name=name)
         return Codes(kind, shape, made.tensors["weight"], made.tensors["absmax"])
-    blocks = weight.reshape(-1, ROW_BLOCK)
-    top = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # the first of the largest, with its sign
-    step = top / -8
+    return _row_blocks(weight.reshape(-1, ROW_BLOCK).clone(), shape, name)[0]
+
+
+def _rounded_and_values(weight: Tensor, kind: Aware, name: str, dtype: torch.dtype) -> tuple[Codes, Tensor]:
+    """Return codes and what a reader computes with; the weight is spent, its memory used again."""
+    if kind == "nf4":
+        held = rounded(weight, kind, name)
+        return held, held.values(dtype)
+    blocks = weight.view(-1, ROW_BLOCK)
+    held, apart = _row_blocks(blocks, (weight.shape[0], weight.shape[1]), name)
+    torch.mul(apart.view(torch.int8).sub_(8), held.scales.float(), out=blocks)
+    return held, weight.to(dtype)
+
+
+def _row_blocks(blocks: Tensor, shape: tuple[int, int], name: str) -> tuple[Codes, Tensor]:
+    """Return q4_0 of blocks [n, 32], and the codes unpacked, uint8 [n, 32]; the blocks are spent."""
+    step = _largest(blocks) / -8
     scales = step.half()
     if not bool(torch.isfinite(scales).all()):
         what = "holds NaN, infinity, or a number beyond a float16 scale"
         raise TensorkeepError(what, where=name, code="V01", hint="a lower optimizer.lr, or quantize_aware: nf4")
     inverse = torch.where(step == 0, torch.zeros_like(step), 1 / step)
-    codes = (blocks * inverse).add_(8.5).to(torch.uint8).clamp_(max=15)
+    codes = blocks.mul_(inverse).add_(8.5).to(torch.uint8).clamp_(max=15)
     half = ROW_BLOCK // 2
-    return Codes(kind, shape, codes[:, :half] | codes[:, half:] << 4, scales)
+    return Codes("q4_0", shape, codes[:, :half] | codes[:, half:] << 4, scales), codes
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    """Return the first of each block's largest magnitudes with its sign, [blocks, 1]; NaN where a block holds NaN."""
+    high, low = blocks.amax(1, keepdim=True), blocks.amin(1, keepdim=True)  # argmax takes five times as long
+    top = torch.where(high > -low, high, low)
+    tied = (high == -low).flatten()
+    if bool(tied.any()):
+        some = blocks[tied]
+        top[tied] = some.gather(1, some.abs().argmax(1, keepdim=True))
+    return top
 
 
 def aware_linear(x: Tensor, base: nn.Module, a: Tensor, b: Tensor, scale: float, kind: Aware, name: str) -> Tensor:
@@ -142,7 +167,7 @@ def _sum(how: Any, state: Any, a: Tensor, b: Tensor, scale: float) -> Tensor:
     _, rows, columns, _, _ = how
     out = dense_weight(how, state, torch.float32, torch.empty(rows, columns, device=a.device))
     left, right = b.detach().double().mul_(scale), a.detach().double()
-    step = max(_AT_ONCE * (64 if a.is_cuda else 1) // columns, 1)
+    step = max(_AT_ONCE * (512 if a.is_cuda else 1) // columns, 1)
     for at in range(0, rows, step):
         some = out[at : at + step]
         some.copy_(some.double().addmm_(left[at : at + step], right))
@@ -167,8 +192,8 @@ class _AwareLinear(torch.autograd.Function):
         *state: Tensor | None,
     ) -> Tensor:
         ctx.x_dtype, x = x.dtype, x.to(dtype)
-        held = rounded(_sum(how, state, a, b, scale), kind, name)
-        out = F.linear(x, held.values(dtype), None if bias is None else bias.to(dtype))
+        held, weight = _rounded_and_values(_sum(how, state, a, b, scale), kind, name, dtype)
+        out = F.linear(x, weight, None if bias is None else bias.to(dtype))
         trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if trains else None, a, b, held.codes, held.scales)
         ctx.scale, ctx.kind, ctx.shape = scale, kind, held.shape

@@ -39,7 +39,8 @@ TRAINED: dict[Form, tuple[str, ...]] = {
 }
 BLOCK = 64  # flat elements of nf4 and fp4 that share a scale
 _BITS: dict[Form, float] = {"nf4": 4 + 32 / BLOCK, "fp4": 4 + 32 / BLOCK, "mxfp4": 4.25, "q4_k": 4.5, "q4_1": 5}
-_SMALL, _SUPER = 32, 256  # elements of a row that share a scale, and of Q4_K's super-blocks
+ROW_BLOCK = 32  # elements of a row that share a scale in mxfp4, Q4_1 and Q4_K
+_SUPER = 256  # of Q4_K's super-blocks
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's largest magnitude
 _TRIED = 21  # scales of a block of Q4_K, as llama.cpp tries them
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -70,7 +71,7 @@ def form_of(bits: Bits, columns: int) -> Form | None:
         >>> form_of("q4_k", 512), form_of("q4_k", 576), form_of("mxfp4", 100)
         ('q4_k', 'q4_1', None)
     """
-    if bits in ("mxfp4", "q4_k") and columns % _SMALL:
+    if bits in ("mxfp4", "q4_k") and columns % ROW_BLOCK:
         return None
     return "q4_1" if bits == "q4_k" and columns % _SUPER else bits
 
@@ -120,6 +121,59 @@ def nearest(unit: Tensor, form: Form) -> Tensor:
     return codes
 
 
+def level_of(unit: Tensor, form: Form) -> Tensor:
+    """Return the level nearest to each number.
+
+    Args:
+        unit: numbers less their offsets, over their scales.
+        form: of the codes.
+    """
+    return levels(form, unit.device).table[nearest(unit, form)]
+
+
+def exponents_near(top: Tensor) -> Tensor:
+    """Return the exponents of mxfp4 that blocks may have: that of OCP's rule, one more and one less.
+
+    Args:
+        top: the largest magnitude of each block, any shape.
+
+    Returns:
+        uint8 [3, ...].
+    """
+    plain = _exponents(top).int()
+    return torch.stack([plain, plain + 1, plain - 1]).clamp(0, 254).to(torch.uint8)
+
+
+def powers(exponents: Tensor) -> Tensor:
+    """Return the scales that exponents of mxfp4 stand for, float32.
+
+    Args:
+        exponents: uint8, plus 127.
+
+    Example:
+        >>> powers(torch.tensor([126, 130], dtype=torch.uint8)).tolist()
+        [0.5, 8.0]
+    """
+    return torch.tensor([2.0 ** (e - 127) for e in range(255)], device=exponents.device)[exponents.int()]
+
+
+def width_of(unit: Tensor, form: Form) -> Tensor:
+    """Return how far the levels around each number lie from each other.
+
+    Args:
+        unit: numbers less their offsets, over their scales.
+        form: of the codes.
+
+    Example:
+        >>> width_of(torch.tensor([0.3, -2.5, 9.0]), "mxfp4").tolist()
+        [0.5, 1.0, 2.0]
+    """
+    found = levels(form, unit.device)
+    sorted_levels = found.table[found.order]
+    above = torch.bucketize(unit.contiguous(), sorted_levels).clamp(1, len(sorted_levels) - 1)
+    return sorted_levels[above] - sorted_levels[above - 1]
+
+
 def spread(form: Form, numbers: Numbers, shape: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Give each element of a weight its scale and its offset; gradients flow through the numbers.
 
@@ -136,13 +190,13 @@ def spread(form: Form, numbers: Numbers, shape: tuple[int, int]) -> tuple[Tensor
     if form == "int8":
         return numbers["SCB"][:, None] * float(PER_127), None
     if form == "mxfp4":
-        return _powers(numbers["exponents"]).repeat_interleave(_SMALL, 1), None
+        return powers(numbers["exponents"]).repeat_interleave(ROW_BLOCK, 1), None
     if form == "q4_1":
-        return tuple(numbers[name].float().repeat_interleave(_SMALL, 1) for name in ("d", "m"))  # type: ignore[return-value]
+        return tuple(numbers[name].float().repeat_interleave(ROW_BLOCK, 1) for name in ("d", "m"))  # type: ignore[return-value]
     made = []
     for whole, small in (("d", "scales"), ("dmin", "mins")):
-        wide = numbers[whole].float().repeat_interleave(_SUPER // _SMALL, 1)
-        made.append((wide * numbers[small].float()).repeat_interleave(_SMALL, 1))
+        wide = numbers[whole].float().repeat_interleave(_SUPER // ROW_BLOCK, 1)
+        made.append((wide * numbers[small].float()).repeat_interleave(ROW_BLOCK, 1))
     return made[0], -made[1]
 
 
@@ -172,7 +226,7 @@ def plain_numbers(form: Form, weight: Tensor) -> dict[str, Tensor]:
         return {"absmax": _blocks(weight).abs().amax(1).clamp(min=float(SMALLEST_SCALE))}
     if form == "int8":
         return {"SCB": weight.abs().amax(1)}
-    small = weight.reshape(len(weight), -1, _SMALL)
+    small = weight.reshape(len(weight), -1, ROW_BLOCK)
     if form == "mxfp4":
         return {"exponents": _exponents(small.abs().amax(2))}
     if form == "q4_1":
@@ -197,9 +251,7 @@ def tried_numbers(form: Form, weight: Tensor, importance: Tensor) -> list[dict[s
     if form == "int8":
         scales = _shrunk(form, weight, heavy, plain["SCB"] * float(PER_127))
         return [plain, {"SCB": scales / float(PER_127)}]
-    small, weights = (t.reshape(len(weight), -1, _SMALL) for t in (weight, heavy))
-    if form == "mxfp4":
-        return [plain, {"exponents": _best_exponents(small, weights, plain["exponents"])}]
+    small, weights = (t.reshape(len(weight), -1, ROW_BLOCK) for t in (weight, heavy))
     if form == "q4_1":
         scale, low = _fitted(small, weights + 1e-12, False)
         return [plain, kept(form, {"d": scale, "m": low})]
@@ -242,10 +294,6 @@ def peaks(form: Form, weight: Tensor) -> Tensor | None:
     return torch.where(place, ends, -1).view(-1)[: weight.numel()].view(weight.shape)
 
 
-def _powers(exponents: Tensor) -> Tensor:
-    return torch.tensor([2.0 ** (e - 127) for e in range(255)], device=exponents.device)[exponents.int()]
-
-
 def _blocks(weight: Tensor) -> Tensor:
     return F.pad(weight.reshape(-1), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
 
@@ -272,21 +320,6 @@ def _exponents(top: Tensor) -> Tensor:
     """Return the exponents that OCP's rule gives to blocks with such largest magnitudes, plus 127."""
     found = torch.frexp(top).exponent - 1 - 2 + 127  # of the largest magnitude, less that of e2m1's largest, 4
     return torch.where(top == 0, 0, found).clamp(0, 254).to(torch.uint8)
-
-
-def _best_exponents(small: Tensor, weights: Tensor, plain: Tensor) -> Tensor:
-    """Return for each block the exponent, of three, that leaves the least weighted error."""
-    table = levels("mxfp4", small.device).table
-    best, chosen = torch.full(plain.shape, math.inf, device=small.device), plain.clone()
-    for more in (0, 1, -1):
-        exponents = (plain.int() + more).clamp(0, 254)
-        scales = _powers(exponents)[..., None]
-        made = table[nearest(small / scales, "mxfp4")] * scales
-        error = ((made - small).square() * weights).sum(2)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, exponents.to(torch.uint8), chosen)
-    return chosen
 
 
 def _fitted(small: Tensor, weights: Tensor, below: bool) -> tuple[Tensor, Tensor]:
@@ -323,7 +356,7 @@ def _super_blocks(small: Tensor, weights: Tensor) -> dict[str, Tensor]:
     scale, low = _fitted(small, weights, True)
     made: dict[str, Tensor] = {}
     for whole, part, found in (("d", "scales", scale), ("dmin", "mins", -low)):
-        groups = found.reshape(len(found), -1, _SUPER // _SMALL)
+        groups = found.reshape(len(found), -1, _SUPER // ROW_BLOCK)
         factor = (groups.amax(2) / 63).clamp(max=torch.finfo(torch.float16).max).half()
         made[whole] = factor
         six = _over(groups, factor.float()[..., None]).round().clamp(0, 63)

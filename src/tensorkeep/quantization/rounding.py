@@ -5,6 +5,11 @@ error is measured by the second moment H = E[x x'] of the inputs: the error of a
 by column, and what rounding one column does wrong is put right by those that follow (GPTQ, Frantar et al., arXiv
 2210.17323, equations 2 and 3; the same as LDLQ). Scales are those of plain rounding, or others where that leaves less
 error (`grids`). A row keeps the plain rounding where that is better.
+
+mxfp4's scales are powers of two, which nothing can train. Each block's is the one of three whose codes leave the least
+error where its columns' turn comes, and once all codes are set, each column is chosen again with the others as they
+are (coordinate descent, as QuantEase, arXiv 2309.01885). What was rounded is kept beside the codes: from there training
+moves codes (`_rounding` of language).
 """
 
 from __future__ import annotations
@@ -19,12 +24,16 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization.codes import TABLES
 from tensorkeep.quantization.grids import (
     BLOCK,
+    ROW_BLOCK,
     Form,
     Numbers,
+    exponents_near,
+    level_of,
     levels,
     nearest,
     peaks,
     plain_numbers,
+    powers,
     spread,
     tried_numbers,
     values,
@@ -33,6 +42,7 @@ from tensorkeep.quantization.packed import Layout, Packed
 
 _DAMPING = 0.01  # of H's mean diagonal, added to it
 _COLUMNS = 128  # are worked on before the rest is corrected
+_SWEEPS, _TOGETHER = 2, 64  # of mxfp4's columns, once all codes are set; columns between two corrections of the rest
 
 
 class Rounded(NamedTuple):
@@ -44,6 +54,7 @@ class Rounded(NamedTuple):
         form: of the codes.
         error: e H e' over all rows, relative to W H W'.
         plain: the same of rounding each number alone.
+        before: the numbers whose nearest levels the codes are, float32; None where nothing moves codes.
     """
 
     codes: Tensor
@@ -51,6 +62,7 @@ class Rounded(NamedTuple):
     form: Form
     error: float = 0.0
     plain: float = 0.0
+    before: Tensor | None = None
 
     def weight(self, numbers: Numbers | None = None) -> Tensor:
         """Return the numbers that the codes stand for, float32.
@@ -120,6 +132,8 @@ def rounded(weight: Tensor, moment: Tensor, form: Form = "nf4", name: str = "wei
     best = plainly(weight, form)
     off = float(_errors(best.weight() - weight, moment).sum()) / size
     best = best._replace(error=off, plain=off)
+    if form == "mxfp4":
+        return _in_powers(weight, moment, size, best)
     forced = peaks(form, weight)
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)  # the largest inputs first
     upper = _inverse_root(moment[order][:, order])
@@ -186,3 +200,68 @@ def _by_columns(
             rest[:, at + 1 : last] -= wrong[:, at - first, None] * upper[at, at + 1 : last]
         rest[:, last:] -= wrong @ upper[first:last, last:]
     return codes[:, torch.argsort(order)]
+
+
+# -- mxfp4 ----------------------------------------------------------------------------------------------------------
+
+
+def _in_powers(weight: Tensor, moment: Tensor, size: float, plain: Rounded) -> Rounded:
+    """Choose exponents and codes of mxfp4; plain rounding where that is better."""
+    before, numbers = _by_groups(weight, moment)
+    for _ in range(_SWEEPS):
+        before = _again(weight, moment, before, numbers)
+    codes = _nearest(before, "mxfp4", numbers)
+    error = float(_errors(values("mxfp4", codes, numbers) - weight, moment).sum()) / size
+    if error < plain.error:
+        return plain._replace(codes=codes, numbers=numbers, error=error, before=before)
+    return plain._replace(before=weight)
+
+
+def _by_groups(weight: Tensor, moment: Tensor) -> tuple[Tensor, Numbers]:
+    """Choose exponents block by block with the errors of those before spread over them, the largest inputs first.
+
+    Returns:
+        What each element was when its turn came, [out, in], and the exponents.
+    """
+    rows, diagonal = len(weight), moment.diagonal().view(-1, ROW_BLOCK)
+    groups = torch.argsort(diagonal.sum(1), descending=True, stable=True)
+    inside = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    order = (groups[:, None] * ROW_BLOCK + inside[groups]).view(-1)
+    upper = _inverse_root(moment[order][:, order])
+    rest, before = weight[:, order], torch.empty_like(weight)
+    exponents = torch.empty(rows, len(groups), dtype=torch.uint8, device=weight.device)
+    every = torch.arange(rows, device=weight.device)
+    for at, group in enumerate(groups.tolist()):
+        first, last = at * ROW_BLOCK, (at + 1) * ROW_BLOCK
+        tried = exponents_near(rest[:, first:last].abs().amax(1))  # [tried, out]
+        scales = powers(tried)[..., None]
+        left, wrong = rest[None, :, first:last].repeat(len(tried), 1, 1), rest.new_empty(len(tried), rows, ROW_BLOCK)
+        for column in range(ROW_BLOCK):
+            made = level_of(left[..., column, None] / scales, "mxfp4") * scales
+            wrong[..., column] = (left[..., column] - made[..., 0]) / upper[first + column, first + column]
+            after = upper[first + column, first + column + 1 : last]
+            left[..., column + 1 :] -= wrong[..., column, None] * after
+        best = wrong.square().sum(2).argmin(0)
+        exponents[:, group], before[:, first:last] = tried[best, every], left[best, every]
+        rest[:, last:] -= wrong[best, every] @ upper[first:last, last:]
+    return before[:, torch.argsort(order)], {"exponents": exponents}
+
+
+def _again(weight: Tensor, moment: Tensor, before: Tensor, numbers: Numbers) -> Tensor:
+    """Choose each column's codes anew with all others as they are, the largest inputs first."""
+    scale = _laid("mxfp4", numbers, weight)[0]
+    over, before = 1 / scale, before.clone()
+    made = level_of(before * over, "mxfp4") * scale
+    pull = (made - weight) @ moment
+    diagonal = moment.diagonal() + _DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    for some in torch.split(torch.argsort(diagonal, descending=True, stable=True), _TOGETHER):
+        near, turned = moment[some][:, some], pull[:, some]
+        moved = torch.zeros_like(turned)
+        for at, column in enumerate(some.tolist()):
+            before[:, column] = made[:, column] - turned[:, at] / diagonal[column]
+            new = level_of(before[:, column] * over[:, column], "mxfp4") * scale[:, column]
+            moved[:, at] = new - made[:, column]
+            made[:, column] = new
+            turned += moved[:, at, None] * near[at]
+        pull += moved @ moment[some]
+    return before
