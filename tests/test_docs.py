@@ -133,7 +133,7 @@ def test_every_claim_of_the_benchmarks_names_a_script_that_is_there() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
     columns = [[cell.strip() for cell in row] for row in rows]
-    columns = [row for row in columns if len(row) == 5]  # the journeys have a table of another form, and its script's name
+    columns = [row for row in columns if len(row) == 5]  # the journeys' table has other columns
     assert {tuple(row) for row in columns if row[0] == "claim"} == {("claim", "figure", "beside", "script", "date")}
     claims = [row for row in columns if row[0] != "claim" and not set(row[0]) <= set("-")]
     assert len(claims) > 40

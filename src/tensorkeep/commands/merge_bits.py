@@ -90,8 +90,7 @@ def merge_in_bits(
     with tempfile.TemporaryDirectory(prefix=".tensorkeep-", dir=place) as scratch, out.progress() as progress:
         merged, rounding = (Path(scratch) / name for name in ("merged", "rounded"))
         done = merging.merge(job, str(merged), "hf", None, False, progress)
-        given = (texts, bits, rounding, device, progress, out.remark)
-        plan, figures = rounded_merge(str(merged), base, job.kind, *given)
+        plan, figures = rounded_merge(str(merged), base, job.kind, texts, bits, rounding, device, progress, out.remark)
         proof = check(plan, to, Path(sink).name, programs=installed())
         made = convert(plan, sink, to, limit, overwrite, progress)
     recorded(out, sink)

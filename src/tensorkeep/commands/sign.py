@@ -63,17 +63,16 @@ def sign(
     if out is not None and out.suffix != ".json":
         raise TensorkeepError("a statement is a .json file", where=out, hint=f"-o {word(out.with_suffix('.json'))}")
     local = "://" not in checkpoint and local_path(checkpoint).exists()
-    if not local and out is None and "/" not in checkpoint:
-        raise absent(checkpoint)
     if not local and out is None:
-        raise TensorkeepError(
-            "is no local path", where=checkpoint, hint="check the path; for the Hub or a URL add -o FILE.json"
+        hint = "check the path; for the Hub or a URL add -o FILE.json"
+        raise (
+            TensorkeepError("is no local path", where=checkpoint, hint=hint)
+            if "/" in checkpoint
+            else absent(checkpoint)
         )
     with opened(output, checkpoint, config) as view:
         model = identified(output, view)
-    if model.instead:
-        what = f"transformers would load {model.instead[0]} too or instead: the statement would be of other weights"
-        raise TensorkeepError(what, where=checkpoint, code="F07", hint="take it out of the folder")
+    _refuse_other_weights(model, checkpoint)
     earlier = find_statement(checkpoint) if local and overwrite else None
     derivation = earlier.statement.derivation if earlier and earlier.statement.identity == model.identity else None
     if derivation is None and local:
@@ -86,6 +85,13 @@ def sign(
     held = ", ".join([f"{len(model.leaves)} tensors", *(k.replace("_", " ") for k in model.parts)])
     output.line(f"{place}: {model.identity} signed ({held})")
     return 0
+
+
+def _refuse_other_weights(model: Any, checkpoint: str) -> None:
+    """Refuse a folder of which transformers would load weights that a statement would not be of."""
+    if model.instead:
+        what = f"transformers would load {model.instead[0]} too or instead: the statement would be of other weights"
+        raise TensorkeepError(what, where=checkpoint, code="F07", hint="take it out of the folder")
 
 
 def _training(out: Output, checkpoint: str, model: Any) -> dict[str, Any] | None:
