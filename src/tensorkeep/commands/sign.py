@@ -65,11 +65,8 @@ def sign(
     local = "://" not in checkpoint and local_path(checkpoint).exists()
     if not local and out is None:
         hint = "check the path; for the Hub or a URL add -o FILE.json"
-        raise (
-            TensorkeepError("is no local path", where=checkpoint, hint=hint)
-            if "/" in checkpoint
-            else absent(checkpoint)
-        )
+        remote = TensorkeepError("is no local path", where=checkpoint, hint=hint)
+        raise remote if "/" in checkpoint else absent(checkpoint)
     with opened(output, checkpoint, config) as view:
         model = identified(output, view)
     _refuse_other_weights(model, checkpoint)
