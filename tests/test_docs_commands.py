@@ -50,6 +50,7 @@ def words_of(line: str) -> list[str]:
     if not line.startswith(("tensorkeep ", "torchrun ")) or "tensorkeep" not in line:
         return []
     words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
     return words[words.index("tensorkeep") + 1 :]
 
 

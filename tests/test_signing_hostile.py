@@ -141,7 +141,7 @@ ATTACKS: list[tuple[Callable[[Path], Any], str]] = [
     (a_member_twice, "occurs twice"),
     (a_nan_of_other_bits, "model.norm.weight"),
     (a_negative_zero, "model.layers.0.mlp.up_proj.weight"),
-    (two_swapped, "2 tensors are not those of the statement"),
+    (two_swapped, "2 tensors changed since the statement"),
     (one_behind_a_wrapper, "K03"),
     (lambda f: edit(f / "config.json", sliding_window=...), "sliding_window is absent, was None"),
     (lambda f: edit(f / "config.json", _attn_implementation="org/kernel"), "_attn_implementation is 'org/kernel'"),

@@ -154,14 +154,16 @@ def _believed(checkpoint: str, asked: Signed) -> tuple[Any, str | None, Any]:
 
 def _derived(out: Output, asked: Signed, stored: Any, trust: Any, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Check what the model was made from, with the checkpoints that the user gives."""
-    from tensorkeep.diagnosis.identity.derivation import check_derivation, source_of
+    from tensorkeep.diagnosis.identity.derivation import Source, check_derivation, source_of
+    from tensorkeep.diagnosis.identity.identify import identify
 
     views = [stack.enter_context(opened(out, path)) for path in asked.from_]
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tensorkeep-")))
     averages = [opened_average(out, path, scratch / str(at)) for at, path in enumerate(asked.from_)]
-    views += [view for view in averages if view is not None]
     with out.progress() as progress:
-        sources = [source_of(view, "source", 1.0, progress) for view in views]
+        # the statement beside a run is of its trained weights, not of their average
+        sources = [Source(v.path, "source", v, identify(v, progress)) for v in averages if v is not None]
+        sources += [source_of(view, "source", 1.0, progress) for view in views]
         found = check_derivation(
             stored.statement, sources, trust, progress, {"repair": _repaired, "trained": trained_again}
         )

@@ -213,19 +213,22 @@ def _backbone(shapes: Shapes) -> dict[str, Any]:
     kind, frames, drop_path, pixels = next((k for mark, k in _KINDS.items() if mark in shapes), _VIDEOMAE)
     _, positions, _ = shapes.get("backbone.pos_embed", (1, frames // tubelet * (pixels // patch) ** 2, dim))
     positions -= kind == "internvideo2"  # the class token's
+    steps = frames // tubelet  # of a chunk; others where so many squares of patches do not fill the table
+    tried = (steps, positions // (pixels // patch) ** 2 or steps, 4, 2, 16, 1)
+    steps = next((n for n in tried if math.isqrt(positions // n) ** 2 * n == positions), steps)
     found = [re.fullmatch(r"backbone\.blocks\.(\d+)\.adapter\.gamma", name) for name in shapes]
     adapted = sorted(int(match[1]) for match in found if match)
     depth = _count(shapes, r"backbone\.blocks\.(\d+)\.")
     rungs = _count(shapes, r"backbone\.ladders\.adapters\.(\d+)\.")
     section: dict[str, Any] = {
         "vit": {
-            "image_size": round((positions / (frames // tubelet)) ** 0.5) * patch,
+            "image_size": round((positions / steps) ** 0.5) * patch,
             "patch_size": patch,
             "embed_dim": dim,
             "depth": depth,
             "heads": {**_HEADS, **(_VJEPA2_HEADS if kind == "vjepa2" else {})}.get(dim, max(dim // 64, 1)),
             "mlp_dim": shapes["backbone.blocks.0.mlp.fc1.weight"][0],
-            "chunk_frames": frames,
+            "chunk_frames": steps * tubelet,
             "tubelet": tubelet,
             "drop_path": 0.0 if rungs else drop_path,
         }

@@ -212,7 +212,7 @@ def _reached(hint: str) -> None:
 
     Behind a proxy the client alone knows the way, and is asked.
     """
-    if urllib.request.getproxies():
+    if not {"https", "all"}.isdisjoint(urllib.request.getproxies()):
         return
     try:
         socket.create_connection((_SERVICE, 443), timeout=_PATIENCE).close()
