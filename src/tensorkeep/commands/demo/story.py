@@ -26,6 +26,7 @@ from tensorkeep.diagnosis.comparison import compare
 from tensorkeep.errors import TensorkeepError, near_misses
 from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView, read
+from tensorkeep.storage.files import explained
 from tensorkeep.storage.record import DTYPES
 
 if TYPE_CHECKING:
@@ -50,20 +51,21 @@ def run(chapter: str, out: Path, show: Show) -> int:
         0
     """
     if chapter not in (*CHAPTERS, "all"):
-        raise TensorkeepError(
-            f"no chapter {chapter!r}",
-            hint=near_misses(chapter, CHAPTERS) or f"chapters: {', '.join(CHAPTERS)}, all; or samples",
-        )
+        near = near_misses(chapter, [*CHAPTERS, "all", "samples"])
+        hint = near or f"chapters: {', '.join(CHAPTERS)}, all; or samples"
+        raise TensorkeepError(f"no chapter {chapter!r}", hint=hint)
     _claim(out)
     return max(_chapter(name)(out, show) for name in CHAPTERS if chapter in (name, "all"))
 
 
 def _claim(out: Path) -> None:
     """Make the demo's folder, or stop where it holds files that the demo did not make."""
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARK).exists())):
-        raise TensorkeepError("holds other files", where=out, hint="choose another folder: --out DIR")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _MARK).write_text("Made by `tensorkeep demo`, which writes over it when run again.\n")
+    with explained(out):
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _MARK).exists())):
+            what = "holds other files" if out.is_dir() else "is a file"
+            raise TensorkeepError(what, where=out, hint="choose another folder: --out DIR")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / _MARK).write_text("Made by `tensorkeep demo`, which writes over it when run again.\n")
 
 
 # -- chapter 1: convert ----------------------------------------------------------------------------------------------
