@@ -249,3 +249,29 @@ def test_a_folder_without_metrics_and_a_taken_place_are_errors(tmp_path: Path) -
     with pytest.raises(TensorkeepError, match="exists already"):
         write_run_page(tmp_path, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == run_page(tmp_path)
+
+
+def rows_of(folder: Path, losses: list[float]) -> Path:
+    for step, loss in enumerate(losses, 1):
+        folder.mkdir(exist_ok=True)
+        metrics.append(folder / metrics.METRICS, {"step": step, "samples": step, "loss": loss, "seconds": 0.1})
+    return folder
+
+
+def test_a_run_whose_loss_is_lost_never_shows_an_earlier_one_as_its_last(tmp_path: Path) -> None:
+    lost = rows_of(tmp_path / "lost", [3.0, 2.0, float("nan"), float("nan")])
+    said = run_page(lost)
+    assert "The loss is no finite number in 2 of 4 rows, the last one too." in said
+    assert "<b>no number</b><span>last loss</span>" in said
+    found = run_page(rows_of(tmp_path / "found", [3.0, float("inf"), 2.0]))
+    assert "in 1 of 3 rows." in found and "<b>2</b><span>last loss</span>" in found
+
+
+def test_a_comparison_ranks_no_run_that_ended_without_a_loss_and_none_of_equal_ones(tmp_path: Path) -> None:
+    lost = rows_of(tmp_path / "lost", [1.0, float("nan")])
+    high, low, same = (rows_of(tmp_path / n, [v, v]) for n, v in (("high", 3.0), ("low", 2.0), ("same", 2.0)))
+    said = compare_page([lost, high, low])
+    assert "Best mean loss of the last tenth 2: low. All 2: 2 to 3. Without it: lost." in said
+    assert "The last loss is no finite number: lost." in said
+    assert "All 2 are equal: mean loss of the last tenth 2." in compare_page([low, same])
+    assert "Best mean loss of the last tenth 2: low, same. All 3" in compare_page([high, low, same])

@@ -71,6 +71,8 @@ class Series:
         best_high: the same of the greatest.
         first: the first step and value.
         last: the last step and value.
+        without: how many rows name it and have no finite number, which files write as null.
+        ended_without: whether the last such row comes after every value.
     """
 
     def __init__(self, most: int = BLOCKS) -> None:
@@ -80,14 +82,15 @@ class Series:
         self.best_high: tuple[int, float] | None = None
         self.first: tuple[int, float] | None = None
         self.last: tuple[int, float] | None = None
+        self.without, self.ended_without = 0, False
 
     def add(self, step: int, value: Any) -> None:
-        """Add a value; what is no finite number is left out."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(step) > _MOST_STEP:
+        """Add a value; what is no finite number is counted and left out."""
+        number = None if abs(step) > _MOST_STEP else _finite(value)
+        self.ended_without = number is None
+        if number is None:
+            self.without += 1
             return
-        if abs(value) > 1e300 or not math.isfinite(value):  # a whole number may be longer than any float
-            return
-        number = float(value)
         if self.best_low is None or number < self.best_low[1]:
             self.best_low = (step, number)
         if self.best_high is None or number > self.best_high[1]:
@@ -113,6 +116,13 @@ class Series:
             if count >= wanted:
                 break
         return total / count if count else None
+
+
+def _finite(value: Any) -> float | None:
+    """Return a finite number as a float; a whole number may be longer than any float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if abs(value) <= 1e300 and math.isfinite(value) else None
 
 
 @dataclass

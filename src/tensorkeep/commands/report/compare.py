@@ -82,19 +82,35 @@ def _said(runs: Sequence[Compared], groups: Sequence[Sequence[int]], names: Sequ
         key, what, least = "loss, mean of the last tenth", "mean loss of the last tenth", True
         evaluated = ""
     values = {n: numbers[key] for n, run in enumerate(runs) if key in (numbers := _numbers(run))}
-    if not values:
-        return ""
-    best = (min if least else max)(values, key=lambda n: values[n])
-    parts = [f"Best {evaluated}{told_of(what, values[best])}: {runs[best].name}."]
-    if len(values) > 1:
-        low, high = min(values.values()), max(values.values())
-        parts.append(f"All {len(values)}: {frame.figure(low)} to {frame.figure(high)}.")
+    parts = _best({runs[n].name: value for n, value in values.items()}, evaluated, what, least)
+    if 0 < len(values) < len(runs):
+        without = [run.name for n, run in enumerate(runs) if n not in values]
+        parts.append(f"Without it: {_some(without)}.")
+    if diverged := [run.name for run in runs if (loss := run.figures.losses.get("loss")) and loss.ended_without]:
+        parts.append(f"The last loss is no finite number: {_some(diverged)}.")
     for group in groups:
         own = [values[n] for n in group if n in values]
         if len(own) > 1:
             same = "All differ in the seed alone" if len(group) == len(runs) else f"{len(own)} differ in the seed alone"
             parts.append(f"{same}: {frame.figure(fmean(own))} ± {stdev(own):.2g}.")
-    return " ".join(parts[:5])
+    return " ".join(parts[:6])
+
+
+def _best(values: Mapping[str, float], evaluated: str, what: str, least: bool) -> list[str]:
+    """Say which runs are best in a number and how far all are apart; runs that are equal are not ranked."""
+    if not values:
+        return []
+    low, high = min(values.values()), max(values.values())
+    if low == high and len(values) > 1:
+        return [f"All {len(values)} are equal: {evaluated}{told_of(what, low)}."]
+    best = low if least else high
+    parts = [f"Best {evaluated}{told_of(what, best)}: {_some([n for n, value in values.items() if value == best])}."]
+    return parts + ([f"All {len(values)}: {frame.figure(low)} to {frame.figure(high)}."] if len(values) > 1 else [])
+
+
+def _some(names: Sequence[str]) -> str:
+    """Name the first few runs and count the others."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read(run: Path, name: str) -> Compared:
@@ -229,7 +245,8 @@ def _short(value: str | None) -> str:
 def _numbers(run: Compared) -> dict[str, float]:
     """Return the final figures of a run by their names."""
     found: dict[str, float] = {}
-    if (loss := run.figures.losses.get("loss")) and (mean := loss.mean_of_last()) is not None:
+    loss = run.figures.losses.get("loss")
+    if loss and not loss.ended_without and (mean := loss.mean_of_last()) is not None:
         found["loss, mean of the last tenth"] = mean
     for name, series in list(shown(run.figures.evaluations))[:_FEW]:
         if series.last and (best := best_of(name, series)):

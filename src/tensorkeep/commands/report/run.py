@@ -92,6 +92,8 @@ def _said(run: Path, found: Figures, resumes: Sequence[Mapping[str, Any]]) -> st
         parts.append(
             f"Loss {loss.first[1]:.4g} at step {loss.first[0]:,}, {loss.last[1]:.4g} at step {loss.last[0]:,}."
         )
+    if loss and loss.without:
+        parts.append(not_finite(loss))
     if (name := main_number(found)) and (best := best_of(name, found.evaluations[name])):
         parts.append(f"Best evaluated {told_of(name, best[1])}, at step {best[0]:,}.")
     if resumes:
@@ -100,6 +102,13 @@ def _said(run: Path, found: Figures, resumes: Sequence[Mapping[str, Any]]) -> st
         told = f"{odd} not bitwise" if odd else "proven exact" if exact == len(resumes) else f"{exact} proven exact"
         parts.append(f"{len(resumes):,} resume{'s' if len(resumes) > 1 else ''}, {told}.")
     return " ".join(parts)
+
+
+def not_finite(loss: Series) -> str:
+    """Say how many losses are no numbers."""
+    rows = loss.without + sum(block.count for block in loss.blocks)
+    last = ", the last one too" if loss.ended_without else ""
+    return f"The loss is no finite number in {loss.without:,} of {rows:,} rows{last}."
 
 
 def _how_far(run: Path, found: Figures) -> str:
@@ -129,7 +138,9 @@ def _tiles(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> list[tuple[o
     """Return the figures at the head of the page."""
     tiles: list[tuple[object, str]] = [(f"{found.last_step:,}", "step")]
     loss = found.losses.get("loss")
-    if loss and loss.last:
+    if loss and loss.ended_without:
+        tiles.append(("no number", "last loss"))
+    elif loss and loss.last:
         tiles.append((f"{loss.last[1]:.4g}", "last loss"))
     if (name := main_number(found)) and (best := best_of(name, found.evaluations[name])):
         tiles.append((frame.figure(best[1]), f"best {name.replace('_', ' ')}, step {best[0]:,}"))
@@ -149,6 +160,8 @@ def _losses(found: Figures, resumes: Sequence[Mapping[str, Any]]) -> str:
     whole = found.losses.get("loss", Series())
     best = whole.best_low if whole.blocks else None
     parts = [curves("loss", [Line("loss", whole)], marks=marks)]
+    if whole.without:
+        parts.append(frame.note(not_finite(whole)))
     if best is not None:
         after = "; dashed lines are resumes" if marks else ""
         parts.append(frame.note(f"least {frame.figure(best[1])} at step {best[0]:,}{after}"))
@@ -167,7 +180,7 @@ def _evaluations(found: Figures) -> str:
     """Draw what was evaluated, the most telling number first and large, and list the last evaluations."""
     first = main_number(found)
     if first is None:
-        return ""
+        return frame.note("no evaluation gave a finite number") if found.last_rows else ""
     best = best_of(first, found.evaluations[first])
     parts = [curves(f"{first.replace('_', ' ')}, evaluated", [Line(first, found.evaluations[first])], best=best)]
     if best is not None:
