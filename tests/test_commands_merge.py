@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tensorkeep.cli import main
+from tensorkeep.commands.merge import _rows
 from tests.helpers import LLAMA, held, model_tensors, write_hf
 from tests.test_merging import Q, pair, write_adapter
 
@@ -101,3 +102,16 @@ def test_an_adapter_in_the_base_s_own_file_is_merged(place: Path) -> None:
     ).float()
     assert torch.equal(held(place / "a")[f"{Q}.weight"], exact)
     assert torch.equal(torch.load(place / "b.pth", weights_only=True)[f"{Q}.weight"], exact)
+
+
+def test_layers_of_one_and_of_two_digits_share_a_row() -> None:
+    rows = [{"name": f"layers.{n}.q.weight", "kind": "LoRA", "change": 0.1, "kept": None} for n in range(30)]
+    assert [row[0] for row in _rows(rows, quantized=False)] == ["layers.{0..29}.q.weight"]
+
+
+def test_inspect_shows_layers_of_one_and_of_two_digits_in_one_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_hf(tmp_path / "m", {f"model.layers.{n}.input_layernorm.weight": torch.ones(4) for n in range(12)}, LLAMA)
+    assert main(["inspect", str(tmp_path / "m")]) == 0
+    assert "model.layers.{0..11}.input_layernorm.weight" in capsys.readouterr().out

@@ -453,3 +453,11 @@ def test_wrong_words_are_told_before_work(place: Path, tmp_path: Path, capsys: p
     assert command(capsys, place / "run", place / "sick" / "sound.mp4", "-o", tmp_path, "--top", 0)[0] == 2
     code, _, err = command(capsys, place / "sick" / "sound.mp4", place / "sick" / "sound.mp4", "-o", tmp_path)
     assert code == 2 and "--recipe" in err
+
+
+def test_a_name_of_two_lines_is_said_in_one(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a\nerror: b.mp4").write_bytes((place / "sick" / "sound.mp4").read_bytes())
+    words = ["predict", place / "run", tmp_path / "a\nerror: b.mp4", "-o", tmp_path / "out", "--device", "cpu"]
+    assert main([*map(str, words), "--min-score", "1"]) == 0
+    said = capsys.readouterr()
+    assert "\nerror:" not in said.out + said.err and said.out.endswith("a\\nerror: b.html\n")

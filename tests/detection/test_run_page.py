@@ -275,3 +275,13 @@ def test_a_comparison_ranks_no_run_that_ended_without_a_loss_and_none_of_equal_o
     assert "The last loss is no finite number: lost." in said
     assert "All 2 are equal: mean loss of the last tenth 2." in compare_page([low, same])
     assert "Best mean loss of the last tenth 2: low, same. All 3" in compare_page([high, low, same])
+
+
+def test_a_run_before_its_first_update_is_called_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    young, old = tmp_path / "young", rows_of(tmp_path / "old", [1.0])
+    young.mkdir()
+    (young / "status.json").write_text("{}")
+    for words in (["report", str(young)], ["report", "compare", str(old), str(young)]):
+        assert main([*words, "-o", str(tmp_path / "page.html")]) == 2
+        told = capsys.readouterr().err
+        assert "young: is a run that has made no update yet" in told and "tensorkeep watch" in told

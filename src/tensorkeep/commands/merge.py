@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -349,7 +350,7 @@ def _rows(rows: list[dict[str, Any]], quantized: bool) -> list[list[object]]:
     """Rows of the table: one a tensor where few, one a kind of layer (the range over layers) where many."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        alike = row["name"] if len(rows) <= _MOST_ROWS else "".join("#" if c.isdigit() else c for c in row["name"])
+        alike = row["name"] if len(rows) <= _MOST_ROWS else re.sub(r"\d+", "#", row["name"])
         groups.setdefault((alike, row["kind"]), []).append(row)
     return [
         [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from cyclopts import Parameter
 
 from tensorkeep.commands.shared import Flag, Say, no_video, prepare
-from tensorkeep.errors import TensorkeepError, word
+from tensorkeep.errors import TensorkeepError, printable, word
 from tensorkeep.output import Output, duration
 from tensorkeep.storage.overwriting import PAGE, Kind, refuse_existing
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -291,11 +291,12 @@ def _write(film: Film, predicted: Predicted, rules: _Rules, details: str, say: O
         with replacing(rules.out / (film.name + end), rules.overwrite, _kind(end)) as temporary:
             write_bytes(temporary, text.encode())
     file_problems = [f"kept: {film.info.problem}"] if film.info.problem else []
+    name = printable(film.name)
     for problem in [*predicted.problems[:3], *file_problems, *film.info.notes]:
-        say.remark(f"{film.name}: {problem}")
+        say.remark(f"{name}: {problem}")
     best = max((row.score for row in predicted.rows), default=0.0)
     if not shown:
-        say.remark(f"{film.name}: nothing scores at least {rules.min_score:g}, the best is {best:.3g}: see --min-score")
+        say.remark(f"{name}: nothing scores at least {rules.min_score:g}, the best is {best:.3g}: see --min-score")
     return {
         "video": film.name,
         "path": film.info.path,
@@ -348,7 +349,7 @@ def _show(out: Output, document: Mapping[str, Any], annotations: Path | None) ->
     out.table(columns, rows, right=columns[1:])
     out.line(document["detections"])
     for video in document["videos"]:
-        out.line(video["files"]["html"])
+        out.line(printable(video["files"]["html"]))
     if annotations is not None:
         out.remark(
             f"mAP: tensorkeep eval detection --annotations {word(annotations)} "

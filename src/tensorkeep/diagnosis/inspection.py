@@ -223,7 +223,7 @@ def rows(view: StateView, names: Sequence[str], found: dict[str, str], gathered:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in names:
         record = view[name]
-        shape = re.sub(r"\d", "#", name)
+        shape = re.sub(r"\d+", "#", name)
         groups.setdefault((shape, record.dtype, record.shape, record.tied_to), []).append(name)
     out: list[tuple[object, ...]] = []
     for alike in groups.values():

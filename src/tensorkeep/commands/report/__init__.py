@@ -63,7 +63,7 @@ def _page(sources: tuple[str, ...], diff: Path | None, annotations: Path | None,
         named = " ".join(map(word, sources))
         hint = f"tensorkeep report compare {named} -o page.html"
         raise TensorkeepError(f"{len(sources)} sources: a page is of one, or of runs compared", hint=hint)
-    if (first / "metrics.jsonl").is_file():
+    if (first / "metrics.jsonl").is_file() or (first / "status.json").is_file():
         _only(sources[0], diff=diff, annotations=annotations, videos=videos)
         from tensorkeep.commands.report.run import run_page
 

@@ -17,11 +17,10 @@ from tensorkeep.commands.report import _frame as frame
 from tensorkeep.commands.report._curves import COLOURS, DASHES, Line, curves, swatch
 from tensorkeep.commands.report._frame import Section
 from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
-from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, smaller_is_better, told_of
+from tensorkeep.commands.report.run import MAIN, RECIPE, best_of, no_rows, smaller_is_better, told_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import absent
 from tensorkeep.storage.yaml_documents import read_yaml
-from tensorkeep.training import metrics
 
 MOST = COLOURS * DASHES  # runs that can be told apart
 _BLOCKS = 300  # of a curve
@@ -119,8 +118,7 @@ def _read(run: Path, name: str) -> Compared:
     if not figures.rows:
         if not run.exists():
             raise absent(run)
-        hint = "name the folders of runs of `tensorkeep train`"
-        raise TensorkeepError("has no metrics", where=run / metrics.METRICS, hint=hint)
+        raise no_rows(run)
     try:
         document = read_yaml(run / RECIPE)
     except TensorkeepError as error:

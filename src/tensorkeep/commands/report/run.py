@@ -16,7 +16,7 @@ from tensorkeep.commands.report import _frame as frame
 from tensorkeep.commands.report._curves import Line, Mark, curves
 from tensorkeep.commands.report._frame import Section
 from tensorkeep.commands.report._series import Figures, Series, read_figures, shown
-from tensorkeep.errors import TensorkeepError, printable
+from tensorkeep.errors import TensorkeepError, printable, word
 from tensorkeep.output import duration, size
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.budget import read_small
@@ -41,8 +41,7 @@ def run_page(run: str | Path) -> str:
     run = Path(run)
     found = read_figures(run)
     if not found.rows:
-        hint = "a run of `tensorkeep train` writes it; for a diagnosis name its JSON document"
-        raise TensorkeepError("has no metrics", where=run / metrics.METRICS, hint=hint)
+        raise no_rows(run)
     resumes = list(itertools.islice(metrics.stream(run / run_folder.CHECKPOINTS / metrics.RESUMES), 10_000))
     sections = [
         Section("Loss", _losses(found, resumes)),
@@ -66,6 +65,15 @@ def write_run_page(run: str | Path, out: str | Path, overwrite: bool = False) ->
     >>> write_run_page("runs/one", "one.html")  # doctest: +SKIP
     """
     frame.write(run_page(run), out, overwrite)
+
+
+def no_rows(run: Path) -> TensorkeepError:
+    """Return the error for a folder without a row: of a run before its first update, or of no run."""
+    if (run / STATUS).is_file():
+        hint = f"tensorkeep watch {word(run)} says whether it lives; the command that began it goes on with it"
+        return TensorkeepError("is a run that has made no update yet", where=run, hint=hint)
+    hint = "a run of `tensorkeep train` writes it; for a diagnosis name its JSON document"
+    return TensorkeepError("has no metrics", where=run / metrics.METRICS, hint=hint)
 
 
 def smaller_is_better(name: str) -> bool:
