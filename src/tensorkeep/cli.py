@@ -113,6 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if left := getattr(error, "left", ""):  # what an upload keeps in a store
                 sys.stderr.write(f"hint: {visible(left)}\n")
         return 128 + int(number)
+    except PermissionError as error:  # of a path that no command expects to be closed
+        if error.filename is None or os.environ.get("TENSORKEEP_DEBUG") == "1":
+            raise
+        closed = TensorkeepError("permission denied", where=error.filename, hint="check who owns it and its mode")
+        output.error(closed)
+        return closed.exit_code
     except BrokenPipeError:
         # the reader of our output has gone (`| head`); flushing at exit would complain again
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

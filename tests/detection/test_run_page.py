@@ -285,3 +285,16 @@ def test_a_run_before_its_first_update_is_called_that(tmp_path: Path, capsys: py
         assert main([*words, "-o", str(tmp_path / "page.html")]) == 2
         told = capsys.readouterr().err
         assert "young: is a run that has made no update yet" in told and "tensorkeep watch" in told
+
+
+def test_a_closed_folder_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:  # root may read all: the system's answer is put in its place
+        patched.setattr(Path, "is_file", closed)
+        code = main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")])
+    told = capsys.readouterr()
+    assert code == 2 and told.out == "" and told.err.splitlines()[0].endswith("metrics.jsonl: permission denied")
