@@ -72,3 +72,30 @@ def test_who_signs_is_known_before_codes_are_made(
     assert run(capsys, *words)[0] == 2 and not (tmp_path / "out").exists()
     assert main(["merge", str(runs["floats"]), str(tmp_path / "plain"), "--identify", "--quiet"]) == 0
     assert derivation(tmp_path / "plain")["recipe"]["onto"] == "trained"
+
+
+def test_codes_are_not_verified_as_made_from_what_the_run_was_not_trained_on(
+    runs: Any, place: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.language_files import save_model
+
+    run_, out, base, other = runs["codes"], tmp_path / "out", place / "nf4", tmp_path / "other"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "attention_bias": True}
+    save_model(other, "llama", **shape, initializer_range=0.5)
+    for name, more in (("live", []), ("average", ["--ema"])):
+        assert run(capsys, "convert", run_, tmp_path / name, "--to", "peft", *more)[0] == 0
+    assert run(capsys, "merge", run_, out, "--to-bits", "nf4", "--ema", "--identify")[0] == 0
+    said, mine = derivation(out), identify(out)
+    ask = ["verify", out, "--derivation", "--from", base, "--from", other, "--from", run_]
+    assert run(capsys, *ask)[0] == 0
+    first, last = said["from"]
+    live = {**last, "identity": identify(tmp_path / "live").identity}
+    foreign = {**first, "identity": identify(other).identity}
+    for sources in ([foreign, last], [first, {**last, "weight": "5.0"}], [first, live, last], [first, live], [last]):
+        named = {identify(p).identity: identify(p) for p in (base, other, tmp_path / "average")}
+        leaves = named[sources[0]["identity"]].leaves
+        same = sum(leaves.get(n) == leaf for n, leaf in mine.leaves.items())
+        counts = {"unchanged": same, "changed": len(mine.leaves) - same}
+        (out / "identity.json").write_bytes(state(mine, "out", {**said, "from": sources, **counts}))
+        code, shown, err = run(capsys, *ask)
+        assert code == 2 and shown == "" and ("F03" in err or "F07" in err), (sources, shown, err)

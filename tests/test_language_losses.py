@@ -104,6 +104,14 @@ def test_chunks_do_not_change_the_sum() -> None:
     assert float(cross_entropy_sum(hidden[:0], head, targets[:0])) == 0.0
 
 
+def test_a_soft_cap_too_weak_to_show_in_small_logits_is_noticed_by_its_name() -> None:
+    made = model("recurrent_gemma", logits_soft_cap=30.0, lru_width=32, attention_window_size=32)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(1e-3)
+    assert not plain_head(made)
+
+
 def test_a_head_that_is_more_than_a_matrix_is_noticed(tmp_path: Path) -> None:
     capped, scaled = model("gemma2", final_logit_softcapping=30.0), model("cohere", logit_scale=0.25)
     assert not plain_head(capped) and plain_head(scaled)  # a scale may as well be put on what goes into the head

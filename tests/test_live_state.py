@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tensorkeep.training._names import Names
-from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors
+from tensorkeep.training.live_state import optimizer_state, put_optimizer, put_tensors, stored_tensors, undeclared
 from tests.helpers import refused
 from tests.run_states import equal
 
@@ -88,15 +88,34 @@ def counted(model: Tied) -> None:
     model.norm.running_mean = torch.ones(3)
 
 
-@pytest.mark.parametrize("change", [lambda m: None, replaced, moved, frozen, untied, another, grown, counted])
+def filled(model: Tied) -> None:
+    model.norm.late = torch.ones(2)
+
+
+def emptied(model: Tied) -> None:
+    model.norm.num_batches_tracked = None
+
+
+def kept(model: Tied) -> None:
+    del model.norm.passing
+    model.norm.register_buffer("staying", torch.ones(2))
+
+
+CHANGES = [lambda m: None, replaced, moved, frozen, untied, another, grown, counted, filled, emptied, kept]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("base", [False, True])
 def test_what_is_known_of_a_model_never_outlives_a_change_of_it(change: Any, base: bool) -> None:
     model, names = Tied(), Names()
+    model.norm.register_buffer("late", None)
+    model.norm.register_buffer("passing", torch.zeros(2), persistent=False)
     for _ in range(2):
         stored_tensors(model, base, names)
     change(model)
     found, ties = stored_tensors(model, base, names)
     wanted, others = stored_tensors(model, base)
+    assert undeclared(model, names) == undeclared(model) == []
     assert list(found) == list(wanted) and ties == others and equal(found, wanted)
     assert all(found[n].data_ptr() == wanted[n].data_ptr() and not found[n].requires_grad for n in found)
 

@@ -85,6 +85,43 @@ def test_a_resume_on_other_data_names_what_changed(
         kept.rename(run / "data")
 
 
+def test_data_that_did_not_change_are_no_other_data_however_they_are_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document_ = json.loads((run / "data" / "annotations.json").read_text())
+    (run / "data" / "annotations.json").write_text(json.dumps(document_, indent=2, sort_keys=True))
+    for path in (run / "data").rglob("*"):
+        path.touch()
+    (run / "link").symlink_to(run / "data")
+    monkeypatch.chdir(run)
+    for name in ("data", "link"):
+        recipe = (run / "recipe.yaml").read_text().replace(str(run / "data"), f"./{name}")
+        assert f"./{name}/videos" in recipe
+        (run / "other.yaml").write_text(recipe)
+        capsys.readouterr()
+        assert cli.main(["train", "detection", "other.yaml", "--out", "out", "--device", "cpu"]) == 0
+        assert "R04" not in capsys.readouterr().err
+
+
+def test_two_films_that_changed_places_are_told_and_one_with_another_name_is_not() -> None:
+    from tensorkeep.training._resume import _files_changed
+
+    then = {"": "clips 1", "a": "1", "b": "2"}
+    told = ["data.files: a has other content", "data.files: b has other content"]
+    assert _files_changed(then, {"": "clips 1", "a": "2", "b": "1"}) == told
+    assert _files_changed(then, {"": "clips 1", "c": "1", "b": "2"}) == []
+
+
+def test_the_hint_of_a_refusal_is_enough(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "detection", str(run / "recipe.yaml"), "--out", str(run / "out"), "--device", "cpu"]
+    words += ["--training.seed", "4"]
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("hint"))
+    assert "--allow training.seed" in hint
+    assert cli.main([*words, *hint[hint.index("--allow") :].split()]) == 0
+
+
 def test_of_a_file_size_and_both_ends_count_and_of_many_none(tmp_path: Path) -> None:
     from tensorkeep.detection.data.clips import _ends
 

@@ -73,11 +73,18 @@ def trained_again(sources: Sequence[Any], recipe: Any, progress: Any) -> Any:
 
     Returns:
         The identity; None where no run of that format was given.
+
+    Raises:
+        TensorkeepError: F07 where it names other sources than one base and one adapter, F03 where these are not what
+            the run was trained on and what it trained.
     """
     from tensorkeep.commands.export import run_at
     from tensorkeep.conversion.execution import convert
     from tensorkeep.diagnosis.identity.identify import identify
 
+    if [s.role for s in sources] != ["base", "adapter"] or sources[1].weight != 1.0:
+        what = "says that codes of a run were made from other sources than one base and one adapter, taken once"
+        raise TensorkeepError(what, where=sources[0].path, code="F07")
     run = run_at(sources[-1].path) if sources[-1].path != sources[0].path else None
     if run is None or not run.adapter or run.detection:
         return None
@@ -87,10 +94,26 @@ def trained_again(sources: Sequence[Any], recipe: Any, progress: Any) -> Any:
         return None
     averaged = recipe["rounding"].get("averaged") is True
     with tempfile.TemporaryDirectory(prefix="tensorkeep-") as folder:
+        _refuse_others(sources, run, averaged, Path(folder) / "adapter")
         made = aware_merge(run.path, Path(folder) / "merged", averaged)
         sink = str(Path(folder) / ("out" if made.to == "hf" else "out.gguf"))
         convert(made.plan, sink, made.to, None, False, progress)
         return identify(sink, progress)
+
+
+def _refuse_others(sources: Sequence[Any], run: Any, averaged: bool, scratch: Path) -> None:
+    """Refuse sources that are not the run's own base and adapter: the codes are made from these, whatever is named."""
+    from tensorkeep.commands.export import base_of_run
+    from tensorkeep.diagnosis.identity.identify import identify
+    from tensorkeep.language.export import exported
+
+    exported(run.path, scratch, ema=averaged, check=False)
+    held = {"base": base_of_run(run), "adapter": str(scratch)}
+    for source in sources:
+        found, named = identify(read(held[source.role])).identity, source.model.identity
+        if found != named:
+            what = f"was trained with the {source.role} {found}, and its codes are said to be made with {named}"
+            raise TensorkeepError(what, where=run.path, code="F03")
 
 
 def opened_average(out: Output, path: str, scratch: Path) -> StateView | None:

@@ -142,6 +142,15 @@ def _one_layer(model: Any) -> Iterator[None]:
         base.layers = layers
 
 
+def _capped(config: Any) -> bool:
+    """Whether a config names a soft cap of the logits, which is too weak to show in four small ones.
+
+    Gemma says `final_logit_softcapping`, RecurrentGemma `logits_soft_cap`, xLSTM `output_logit_soft_cap`.
+    """
+    held = vars(config).items()
+    return any(value and "logit" in name and "cap" in name and "att" not in name for name, value in held)
+
+
 @torch.no_grad()
 def plain_head(model: nn.Module) -> bool:
     """Try on four tokens whether the logits are the head applied to the last hidden state and nothing more.
@@ -159,8 +168,7 @@ def _is_plain(model: nn.Module) -> bool:
     try:
         head = owner.get_output_embeddings()
         config = text_config(owner.config)
-        capped = getattr(config, "final_logit_softcapping", None)  # too weak to show in four small logits
-        if head is None or capped or not any(module is head for module in owner.modules()):
+        if head is None or _capped(config) or not any(module is head for module in owner.modules()):
             return False
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(config.vocab_size)
         logits = owner(input_ids=ids, use_cache=False).logits

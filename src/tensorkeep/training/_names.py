@@ -2,7 +2,7 @@
 
 To make the state dict of a large model takes tenths of a second while the training waits, most of it for frozen modules
 that no checkpoint keeps. So the dictionaries that hold the tensors are remembered, as long as the modules are the same
-ones, with as many parameters and buffers each, of which the same ones train.
+ones, with as many parameters each, of which the same ones train, and the same buffers, of which the same ones are kept.
 """
 
 from __future__ import annotations
@@ -82,9 +82,13 @@ def _walk(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _shape(modules: list[nn.Module]) -> list[Any]:
-    """What must stay as it is: the modules, how many tensors each holds, and which of its parameters train."""
+    """What must stay as it is: the modules, which buffers of each are kept, and which of its parameters train."""
     return [
-        (id(m), len(m._buffers), [None if p is None else p.requires_grad for p in m._parameters.values()])
+        (
+            id(m),
+            [(n, b is None, n in m._non_persistent_buffers_set) for n, b in m._buffers.items()],
+            [None if p is None else p.requires_grad for p in m._parameters.values()],
+        )
         for m in modules
     ]
 

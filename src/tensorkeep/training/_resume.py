@@ -84,7 +84,7 @@ def _processor() -> str:
     """
     told: dict[str, str] = {}
     with suppress(OSError):  # no Linux
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0].splitlines():
             key, _, value = line.partition(":")
             told[key.strip()] = value.strip()
     names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
@@ -221,21 +221,33 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     fields = [
         key
         for key in sorted(mine.keys() | theirs.keys())
-        if mine.get(key) != theirs.get(key) and not _may_differ(key, allow)
+        if not _same(mine.get(key), theirs.get(key)) and not _may_differ(key, allow)
     ]
     fields = [key for key in fields if f"training.{key}" not in fields]  # what follows from a field of the recipe
     changed = [f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}" for key in fields]
     if not _may_differ("data.fingerprint", allow):
-        changed = [*_files_changed(then.get("data_files"), getattr(job.data, "digests", {})), *changed]
+        files = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
+        changed, fields = [*files, *changed], sorted({*fields, *(["data.fingerprint"] if files else [])})
     if changed:
         more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
-        meant = " --allow ".join(fields or ["data.fingerprint"]) if len(fields) <= 3 else "FIELD"
+        meant = " --allow ".join(fields) if len(fields) <= 3 else "FIELD"
         raise TensorkeepError(
             f"the run is not the one that was saved: {'; '.join(changed[:6])}{more}",
             where="resume",
             code="R04",
             hint=f"nothing was changed; take the run's own recipe.yaml, or allow what is meant: --allow {meant}",
         )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, or name the same files in two ways: relative and absolute, or through a link."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return bool(one == other)
+    with suppress(OSError, ValueError):  # one is not there, or no path
+        return Path(one).samefile(other) and "/" in one + other
+    return False
 
 
 def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
@@ -248,7 +260,7 @@ def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
     lines = [
         f"data.files: {name} {'has other content' if name in then else 'is new'}"
         for name, digest in now.items()
-        if digest not in kept
+        if (then[name] != digest if name in then else digest not in kept)
     ]
     here = set(now.values())
     lines += [f"data.files: {name} is gone" for name in then if name not in now and then[name] not in here]
@@ -256,8 +268,11 @@ def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
 
 
 def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
-    """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run."""
-    spellings = [f"training.{name}" for name in LENGTH] if key == "updates" else [key]
+    """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run.
+
+    The seed is said twice: one word allows both.
+    """
+    spellings = {"updates": [f"training.{name}" for name in LENGTH], "seed": ["seed", "training.seed"]}.get(key, [key])
     allowed = [now for name in allow for now in names_now(name)]
     return any(matches(name, (*FREE, *allowed)) for name in spellings)
 
