@@ -133,6 +133,13 @@ def test_bad_usage_exits_with_2_and_one_hint(
     assert err.count("error:") == 1 and not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("words", [["verify", ""], ["convert", "", "out", "--to", "hf"], ["train", "language", ""]])
+def test_an_empty_word_is_not_this_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "a word is empty" in err and "variable" in err
+
+
 def test_errors_are_a_document_under_json(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "inspect", "/nosuch", "--json")
     assert code == 2 and json.loads(out)["error"]["message"] == "no such file or folder"

@@ -173,6 +173,9 @@ def run(words: list[str], output: Output) -> int:
     """Run one command and return its exit code; errors are the caller's."""
     from cyclopts import CycloptsError
 
+    if any(not word and not before.startswith("-") for before, word in zip(["", *words], words)):
+        hint = "is a variable of the shell not set? A path . is this folder"
+        raise TensorkeepError("a word is empty", where=command_of(words), hint=hint)
     try:
         code = application(words)(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
