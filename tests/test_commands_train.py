@@ -71,6 +71,8 @@ def test_train_goes_on_by_the_same_command_and_by_the_run_alone(
     data.write_text(whole.replace(" ", "  ", 1))
     code, _, error = run(capsys, "train", "language", *again)
     assert code == 2 and f"data.files: {data} has other content" in error
+    code, _, error = run(capsys, "train", "language", *again, "--allow", "data.fingerprint")
+    assert code == 0 and "at step 3, exact (allowed to differ: data.fingerprint)" in error
     data.write_text(whole)
     code, _, error = run(capsys, "train", "language", *again, "--data.eos=false")
     assert code == 2 and "files were not told apart" in error and "has other content" not in error

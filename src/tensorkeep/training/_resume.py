@@ -194,7 +194,7 @@ def _callable_only(thing: Any) -> bool:
 # -- is it the same run? ----------------------------------------------------------------------------------------------
 
 
-def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tuple[str, ...] = ()) -> None:
+def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tuple[str, ...] = ()) -> list[str]:
     """Refuse a job whose recipe, base, data, seed, global batch or length are not those of the checkpoint.
 
     The checkpoint's recipe is read as the job says (`read_recipe`), so one of an older version is no other recipe. What
@@ -207,6 +207,9 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
         data: what `data_facts` says now.
         allow: patterns of fields that may differ on purpose.
 
+    Returns:
+        The fields that differ because `allow` says that they may.
+
     Raises:
         TensorkeepError: lists the fields that differ (R04).
     """
@@ -218,16 +221,17 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     if then.get("recipe") is not None:
         stored = _plain(job.read_recipe(then["recipe"]))
         mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(stored)) | theirs
-    fields = [
-        key
-        for key in sorted(mine.keys() | theirs.keys())
-        if not _same(mine.get(key), theirs.get(key)) and not _may_differ(key, allow)
-    ]
-    fields = [key for key in fields if f"training.{key}" not in fields]  # what follows from a field of the recipe
-    changed = [f"{key} was {shown(theirs.get(key))}, is {shown(mine.get(key))}" for key in fields]
-    if not _may_differ("data.fingerprint", allow):
-        files = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
-        changed, fields = [*files, *changed], sorted({*fields, *(["data.fingerprint"] if files else [])})
+    keys = sorted(mine.keys() | theirs.keys())
+    differ = [key for key in keys if not _same(mine.get(key), theirs.get(key)) and not _may_differ(key)]
+    files = _files_changed(then.get("data_files"), getattr(job.data, "digests", {}))
+    if files:
+        differ = sorted({*differ, "data.fingerprint"})
+    differ = [key for key in differ if f"training.{key}" not in differ]  # what follows from a field of the recipe
+    fields = [key for key in differ if not _may_differ(key, allow)]
+    values = [(key, theirs.get(key), mine.get(key)) for key in fields]
+    changed = [f"{key} was {shown(before)}, is {shown(after)}" for key, before, after in values if before != after]
+    if "data.fingerprint" in fields:
+        changed = [*files, *changed]
     if changed:
         more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
         meant = " --allow ".join(fields) if len(fields) <= 3 else "FIELD"
@@ -237,6 +241,7 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
             code="R04",
             hint=f"nothing was changed; take the run's own recipe.yaml, or allow what is meant: --allow {meant}",
         )
+    return [key for key in differ if key not in fields]
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -267,7 +272,7 @@ def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
     return [*lines[:3], *([f"data.files: {len(lines) - 3} more files"] if len(lines) > 3 else [])]
 
 
-def _may_differ(key: str, allow: tuple[str, ...]) -> bool:
+def _may_differ(key: str, allow: tuple[str, ...] = ()) -> bool:
     """Whether a pattern names the field; updates follow from epochs, so either word allows a longer run.
 
     The seed is said twice: one word allows both.

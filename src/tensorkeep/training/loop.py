@@ -322,8 +322,9 @@ def _meant(run: Run, resume: str | Path | State, say: Output) -> str | Path | St
 
 def _put(run: Run, found: Found, state: State, allow: tuple[str, ...]) -> tuple[str, list[str]]:
     """Compare a checkpoint with the job and put it back."""
-    distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
-    return resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)
+    allowed = distributed.together(run.world, lambda: resuming.compare(run.job, run.loop, state, run.data, allow))
+    level, why = resuming.put_back(run.job, run.loop, run.world, state, run.scaler, adopt=found.place is not None)
+    return level, [*why, *([f"allowed to differ: {', '.join(allowed)}"] if allowed else [])]
 
 
 def _start(run: Run, resume: str | Path | State, allow: tuple[str, ...]) -> None:
