@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _three(values: Sequence[float]) -> list[str]:
     """Return the least, the median and the greatest of sorted values, in percent."""
-    return [_share(v) for v in (values[0], values[len(values) // 2], values[-1])] if values else ["-"] * 3
+    return [_share(v) for v in (values[0], statistics.median(values), values[-1])] if values else ["-"] * 3
 
 
 def _rounded(rounded: Any) -> str:
