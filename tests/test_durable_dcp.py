@@ -167,6 +167,27 @@ def test_metadata_that_names_a_function_is_refused_and_not_run(saved: Path, tmp_
     assert caught.value.code == "F04" and not marker.exists()
 
 
+def test_damaged_metadata_is_read_or_refused_and_never_a_traceback(tmp_path: Path) -> None:
+    dcp.save({"w": torch.ones(4, 2)}, storage_writer=tk.DurableWriter(tmp_path / "one"))
+    whole, draw, refused = (tmp_path / "one" / ".metadata").read_bytes(), random.Random(0), 0
+    nameless = whole.replace(b"state_dict_metadata", b"state_dict_metadatu")
+    for data in (nameless, *(_damaged(whole, draw) for _ in range(1500))):
+        try:
+            unpickled(data, tmp_path)
+        except tk.TensorkeepError as error:
+            refused += error.code in ("F04", "F07")
+    assert nameless != whole and refused > 1000
+
+
+def _damaged(data: bytes, draw: random.Random) -> bytes:
+    """The bytes with one to four of them changed, taken out or put in."""
+    out = bytearray(data)
+    for _ in range(draw.randrange(1, 5)):
+        at = draw.randrange(len(out))
+        out[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+    return bytes(out)
+
+
 def test_chunks_that_make_no_whole_are_refused(tmp_path: Path) -> None:
     dcp.save({"w": torch.arange(12.0).reshape(6, 2)}, storage_writer=tk.DurableWriter(tmp_path / "one"))
     for sizes in ([(0, 3)], [(0, 3), (2, 3)], [(0, 7)]):

@@ -16,6 +16,18 @@ import re
 import shlex
 from collections.abc import Iterable
 
+# what code of other people raises of odd values, or where it is called out of its usual place (NotImplementedError and
+# RecursionError are RuntimeErrors, UnicodeError is a ValueError)
+FOREIGN = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+)
 TEMPORARY = 75  # exit code: a process of a run hung or was lost, and the same command goes on (sysexits' EX_TEMPFAIL)
 
 

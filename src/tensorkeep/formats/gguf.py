@@ -183,7 +183,7 @@ def decode(record: TensorRecord, raw: memoryview) -> memoryview:
     try:
         with np.errstate(all="ignore"):  # a damaged scale may be infinite; what comes of it is data, not a fault here
             values = gguf.dequantize(blocks.reshape(-1, block_bytes * wide), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # gguf's way to say that it has no decoder for the kind
         raise TensorkeepError(
             f"{record.name}: gguf cannot decode {record.encoding}",
             hint="pip install -U gguf, or take another quantization",

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# what constructors of other people's classes raise of odd values, or when they are called out of their usual place
-_PLAIN = (
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-    AssertionError,
-)
-REFUSALS = (*_PLAIN, NotImplementedError, MemoryError)
+from tensorkeep.errors import FOREIGN
+
+REFUSALS = (*FOREIGN, MemoryError)
 
 
 def refusals() -> tuple[type[BaseException], ...]:

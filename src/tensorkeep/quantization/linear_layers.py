@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tensorkeep.errors import FOREIGN
+
 # classes of linears that keep their weight in other ways, or that others read without calling them
 _FOREIGN = ("torch.", "bitsandbytes.", "peft.", "torchao.", "accelerate.", "tensorkeep.", "transformer_engine.")
-
-# what a class of others raises that needs more than a linear's fields
-_REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
@@ -83,7 +82,7 @@ def _computes_a_linear(kind: type[nn.Linear]) -> bool:
         try:
             with torch.no_grad():
                 made = tried(x)
-        except _REFUSALS:
+        except FOREIGN:  # it needs more than a linear's fields
             return False
         if not isinstance(made, torch.Tensor) or made.shape != (2, 3):
             return False

@@ -260,8 +260,8 @@ _LENGTHS, _SHAPES = 256, 4  # how many lengths are remembered, and how many arch
 _described: dict[bytes, Stored] = {}
 _SHORT, _MOST = 1024, 4096  # bytes of one that is remembered, and how many are
 
-# what zipfile raises for damaged archives (UnicodeError is a ValueError)
-_ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, IndexError)
+# what zipfile raises for damaged archives, and of ways to compress or encrypt that it does not know
+_ZIP_FAILURES = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, RuntimeError, IndexError)
 
 
 def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str, Entry]:

@@ -205,7 +205,7 @@ def abort(system: Any, begun: Unfinished) -> None:
 
 def failures() -> tuple[type[BaseException], ...]:
     """Return the exception types that stores' clients raise: built-in ones, and those of the libraries loaded."""
-    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, NotImplementedError, EOFError]
+    found: list[type[BaseException]] = [OSError, ValueError, RuntimeError, EOFError]
     for module, names in (("botocore.exceptions", ("BotoCoreError", "ClientError")), ("aiohttp", ("ClientError",))):
         if module in sys.modules:
             found += [getattr(sys.modules[module], name) for name in names]

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import FOREIGN, TensorkeepError, shown
 from tensorkeep.formats.dcp import CLASSES
 
 VERSION = "1.0.0"  # of the format: torch's CURRENT_DCP_VERSION
@@ -54,9 +54,9 @@ def unpickled(data: bytes, where: Path) -> Metadata:
         found = _Reader(io.BytesIO(data), where).load()
     except TensorkeepError:
         raise
-    except Exception as error:  # noqa: BLE001  a pickle may fail in any way
+    except (*FOREIGN, pickle.PickleError, EOFError, MemoryError) as error:
         raise TensorkeepError(f"cannot be read: {error}", where=where, code="F07", hint="copy it again") from None
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+    if not isinstance(found, Metadata) or not isinstance(getattr(found, "state_dict_metadata", None), dict):
         raise TensorkeepError("is no metadata of a checkpoint", where=where, code="F07", hint="copy it again")
     try:
         wrong = [name for name, entry in found.state_dict_metadata.items() if not _covered(entry)]

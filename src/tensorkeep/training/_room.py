@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import FOREIGN, TensorkeepError
 from tensorkeep.output import size as spelled
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.files import explained
@@ -216,7 +216,7 @@ def _moments(job: Job) -> dict[str, Tensor] | None:
         try:
             with torch.no_grad():
                 step(twin)
-        except Exception:  # noqa: BLE001  whatever an optimizer of somebody else's raises
+        except FOREIGN:  # an optimizer that needs values for its step
             if not all(twin.state.get(one) for one in hollow):
                 return None
         for real, one in zip(group["params"], hollow):

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
-from tensorkeep.errors import TensorkeepError, shown
+from tensorkeep.errors import FOREIGN, TensorkeepError, shown
 from tensorkeep.storage.run_manifest import Manifest
 from tensorkeep.training.durable_reader import DurableReader
 
@@ -89,7 +89,7 @@ class Shards:
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         try:
             return planner, planner.create_local_plan()
-        except Exception as error:  # noqa: BLE001  whatever metadata that cannot be makes of the planner
+        except FOREIGN as error:  # whatever metadata that cannot be makes of torch's planner
             raise TensorkeepError(f"cannot be read back: {error}", where=self.folder, code="F07") from None
 
     def whole(self) -> dict[str, dict[str, Tensor]]:
