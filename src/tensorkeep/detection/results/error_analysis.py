@@ -169,7 +169,7 @@ def analyse_errors(
     order = np.lexsort((-columns.scores, groups))
     same = overlaps(columns.segments[order], groups[order], columns.true_segments, columns.true_groups(), _LOOSE)
     taken = match_greedily(
-        same.left, same.right, same.iou, groups[order], np.array([tiou]), len(columns.true_segments), strict=False
+        same.left, same.right, same.iou, groups[order], np.array([tiou]), len(columns.true_segments), above=False
     )[:, 0]
     match = np.empty_like(taken)
     match[order] = taken

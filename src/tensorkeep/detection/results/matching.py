@@ -90,7 +90,7 @@ def match_greedily(
     thresholds: Floats,
     candidates: int,
     *,
-    strict: bool,
+    above: bool,
 ) -> NDArray[np.int64]:
     """Let each picker take the free candidate of the highest IoU, one after the other, at each of T thresholds.
 
@@ -103,7 +103,7 @@ def match_greedily(
         groups: [P], group of every picker; inside a group pickers choose in the order of their numbers.
         thresholds: [T] least IoUs.
         candidates: number of candidates.
-        strict: whether an IoU must lie above the threshold; else it may equal it.
+        above: whether an IoU must lie above the threshold; else it may equal it.
 
     Returns:
         [P, T], the candidate taken, -1 for none.
@@ -128,7 +128,7 @@ def match_greedily(
         sizes = np.diff(heads, append=len(who))
         is_best = value == np.repeat(best, sizes, axis=0)
         place = np.maximum.reduceat(np.where(is_best, np.arange(len(who))[:, None], -1), heads, axis=0)
-        enough = best > thresholds if strict else best >= thresholds
+        enough = best > thresholds if above else best >= thresholds
         chosen = np.where(enough, whom[place], -1)
         taken[who[heads]] = chosen
         free[chosen[enough], np.broadcast_to(columns, chosen.shape)[enough]] = False

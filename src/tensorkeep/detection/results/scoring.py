@@ -224,9 +224,7 @@ def _score_activitynet(
     columns: Columns, order: Ints, groups: Ints, pairs: Pairs, limits: Floats
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Let detections choose segments; gives true positives [N, T] and which detections count [N, T], in file order."""
-    chosen = match_greedily(
-        pairs.left, pairs.right, pairs.iou, groups, limits, len(columns.true_segments), strict=False
-    )
+    chosen = match_greedily(pairs.left, pairs.right, pairs.iou, groups, limits, len(columns.true_segments), above=False)
     hit = np.zeros(chosen.shape, dtype=bool)
     hit[order] = chosen >= 0
     return hit, np.ones(hit.shape, dtype=bool)
@@ -247,7 +245,7 @@ def _score_thumos14(
         columns.true_groups(),
         limits,
         len(groups),
-        strict=True,
+        above=True,
     )
     sorted_hit = np.zeros((len(groups), len(limits)), dtype=bool)
     rows, thresholds = np.nonzero(chosen >= 0)
