@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ class VideoShape(NamedTuple):
     w: int
 
 
-class VideoBackbone(nn.Module):
+class VideoBackbone(nn.Module, ABC):
     """What a detector asks of a video network.
 
     Attributes:
@@ -43,13 +44,13 @@ class VideoBackbone(nn.Module):
     ladders: nn.Module | None
     fc_norm: nn.Module | None
 
+    @abstractmethod
     def parts(self) -> list[nn.Module]:
         """Return its blocks, first to last."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, chunks: Tensor, videos: int) -> Tensor:
         """Encode raw frames `[videos * chunks, 3, t, H, W]`, 0..255: feature maps `[videos * chunks, C, t', h, w]`."""
-        raise NotImplementedError
 
 
 class Rotation(Protocol):
