@@ -17,18 +17,7 @@ from tensorkeep.language import _rounding
 from tensorkeep.language._matrices import Matrix
 from tensorkeep.quantization.grids import exponents_near, levels, nearest, width_of
 from tensorkeep.quantization.rounding import plainly, rounded
-from tests.language_files import save_model
-
-MORE: dict[str, Any] = {
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "moe_intermediate_size": 64,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
+from tests.language_files import EXPERTS, save_model
 
 
 @settings(max_examples=12, deadline=None)
@@ -103,7 +92,7 @@ def test_experts_are_refused_before_anything_is_merged(
 
     from tensorkeep.adapters import merging
 
-    save_model(tmp_path / "base", kind, hidden_size=64, intermediate_size=64, head_dim=16, **MORE)
+    save_model(tmp_path / "base", kind, hidden_size=64, intermediate_size=64, head_dim=16, **EXPERTS)
     base: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     (tmp_path / "t.txt").write_text("a model of rows " * 4000)
@@ -118,7 +107,7 @@ def test_transformers_itself_leaves_experts_floats_beside_bitsandbytes_linears(t
     """Where this fails, transformers has learned to hold experts in codes, and the refusal above may go."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    save_model(tmp_path / "base", kind, hidden_size=64, intermediate_size=64, head_dim=16, **MORE)
+    save_model(tmp_path / "base", kind, hidden_size=64, intermediate_size=64, head_dim=16, **EXPERTS)
     for how in (
         BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
         BitsAndBytesConfig(load_in_8bit=True),

@@ -27,7 +27,7 @@ from tensorkeep.quantization.grids import Bits, Form, form_of
 from tensorkeep.quantization.packed import averaged_blocks
 from tensorkeep.quantization.rounding import plainly, rounded
 from tensorkeep.quantization.unpacking import unpack
-from tests.language_files import save_model, write_jsonl
+from tests.language_files import EXPERTS, save_model, write_jsonl
 
 WORDS = "a the layer tensor weight scale code row text loss model update keeps loses base merged".split()
 
@@ -318,17 +318,6 @@ def test_a_runs_adapter_is_run_by_peft_from_its_own_files_and_no_hub_is_asked(
 
 # -- experts ----------------------------------------------------------------------------------------------------------
 
-MORE: dict[str, Any] = {
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "moe_intermediate_size": 64,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
-
 
 @pytest.fixture(scope="module", params=["mixtral", "qwen3_moe"])
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -338,7 +327,7 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp(request.param)
-    save_model(folder / "base", request.param, hidden_size=64, intermediate_size=64, head_dim=16, **MORE)
+    save_model(folder / "base", request.param, hidden_size=64, intermediate_size=64, head_dim=16, **EXPERTS)
     draw = random.Random(0)
     write_jsonl(folder / "t.jsonl", ({"text": " ".join(draw.choices(WORDS, k=200))} for _ in range(18)))
     base: Any = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
