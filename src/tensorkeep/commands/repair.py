@@ -62,7 +62,7 @@ def repair(
         output.line(f"lost: {'; '.join(f'{name} ({what})' for name, what in list(made.lost.items())[:6])}")
     else:
         output.line("lost: nothing")
-    wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, proven"
+    wrote = f"{len(made.result.digests)} tensors, {size(made.result.nbytes)}, bytes equal to the plan"
     output.line(f"{made.result.path}: {wrote}; diagnosed again: {made.after.verdict}")
     return made.after.exit_code
 
