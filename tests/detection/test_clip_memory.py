@@ -19,10 +19,15 @@ def filled(value: int) -> torch.Tensor:
 def test_what_is_held_in_any_way_is_never_written_to_again():
     whole, part, turned = filled(1), filled(2)[3:5, 0], filled(3).permute(0, 2, 3, 1)
     seen = filled(4).numpy()[2:]
+    own = clip_memory(SHAPE)
+    own[...] = 9
+    cut = own[1:3, :, 4]  # a slice alone, of no tensor
+    del own
     gc.collect()
     for value in range(5, 9):
         filled(value)
     assert (whole == 1).all() and (part == 2).all() and (turned == 3).all() and (seen == 4).all()
+    assert (cut == 9).all()
     places = {t.untyped_storage().data_ptr() for t in (whole, part, turned)}
     assert len(places) == 3
 

@@ -18,8 +18,7 @@ _kept: list[NDArray[np.uint8]] = []  # at most one
 def clip_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return an array of bytes with undefined content.
 
-    Its memory is used again once the array is gone. So nothing but the array itself, or a tensor made of it by
-    `torch.from_numpy`, which holds it, may outlive its use: numpy's own slices do not keep it.
+    Its memory is used again once the array and everything made of it are gone: slices and tensors hold it.
 
     Args:
         shape: of the array.
@@ -33,9 +32,10 @@ def clip_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
         memory = np.empty(0, dtype=np.uint8)
     if not size <= len(memory) <= 2 * size:
         memory = np.empty(size, dtype=np.uint8)
-    made = memory[:size].reshape(shape)
-    weakref.finalize(made, _give_back, memory).atexit = False
-    return made
+    # slices of an array over a buffer hold that array; those of a slice of `memory` would hold `memory` alone
+    held = np.frombuffer(memory.data, dtype=np.uint8, count=size)
+    weakref.finalize(held, _give_back, memory).atexit = False
+    return held.reshape(shape)
 
 
 def _give_back(memory: NDArray[np.uint8]) -> None:
