@@ -21,7 +21,6 @@ from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 from tensorkeep.training._pinned import PinnedPages, pinned_memory
 
 GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device, thousands of copies become a few
-GAP = 8 << 10  # bytes between two tensors that are gathered: in shards each has an archive's frame around it
 SCRATCH = 64 << 20  # bytes of device memory for one gathering
 SAMPLED = 64  # bytes of each copy off a device that are compared with what arrived, evenly spread
 
@@ -179,13 +178,10 @@ class Staged:
 
 
 def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group.
-
-    Between two of a group are at most GAP bytes.
-    """
+    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group."""
     group: list[Slot] = []
     for slot in slots:
-        near = group and slot.start - (group[-1].start + group[-1].nbytes) <= GAP
+        near = group and slot.start == group[-1].start + group[-1].nbytes
         small = slot.nbytes <= GATHERED
         if group and not (near and small and slot.start + slot.nbytes - group[0].start <= SCRATCH):
             yield group
@@ -210,8 +206,6 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
         _view(target, run[0], source).copy_(source, non_blocking=True)
         return _sample(source.contiguous().reshape(-1).view(torch.uint8), start)
     scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
-    if end - start != sum(slot.nbytes for slot in run):  # what lies between them in the image is to stay as it is
-        scratch.copy_(target[start:end], non_blocking=True)
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for slot in run:
         source = tensors[slot.tensor]
