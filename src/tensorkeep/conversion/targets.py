@@ -113,7 +113,9 @@ def _unnamed(to: str) -> str:
     able = [word for word, target in TARGETS.items() if to in target.namings]
     if not able:
         return "no program is known here that loads it"
-    return f"name the program that is to load it, --for {' or '.join([', '.join(able[:-1]), able[-1]][-len(able) :])}"
+    *others, last = able
+    before = f"{', '.join(others)} or " if others else ""
+    return f"name the program that is to load it, --for {before}{last}"
 
 
 def check(plan: Plan, to: str, name: str, target: str | None = None, programs: Programs = NONE) -> Proof:

@@ -24,10 +24,8 @@ from tensorkeep.quantization.rounding import Rounded, rounded
 from tensorkeep.quantization.stacks import placed
 
 _STEPS, _RATE = 24, 2e-3  # of the scales' training: updates of Adam, and how far one moves a scale, relatively
-_MOVES, _FAR = (
-    200,
-    0.5,
-)  # updates of codes by the gradient's sign (AutoRound, arXiv 2309.05516); steps of a grid at most
+_MOVES = 200  # updates of codes by the gradient's sign (AutoRound, arXiv 2309.05516)
+_FAR = 0.5  # steps of a grid that one moves a number, at most
 _LENT = 32  # inputs as all experts get them that an expert is given beside its own, so that none is rounded by too few
 Progress = Callable[[str, int, int], None]
 

@@ -94,7 +94,8 @@ def hf_folder(out: Path, show: Show, number: str = "1/5") -> Path:
             show(f"{number}  The model: {folder}, {len(view)} tensors, each as its certificate says")
             return folder
     result = convert(make_plan([read(smollm2())], "hf"), str(folder), "hf", overwrite=True)
-    show(f"{number}  The model: {smollm2().name} converted to {folder}, {len(result.digests)} tensors, bytes equal to the plan")
+    count = len(result.digests)
+    show(f"{number}  The model: {smollm2().name} converted to {folder}, {count} tensors, bytes equal to the plan")
     return folder
 
 
