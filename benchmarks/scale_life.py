@@ -214,7 +214,7 @@ def recipe_of(folder: Path, updates: int, background: bool) -> dict[str, Any]:
 # -- the starts -------------------------------------------------------------------------------------------------------
 
 
-def made(folder: Path, layers: int) -> int:
+def made(folder: Path, layers: int, width: int = WIDTH) -> int:
     """Write a Llama in bf16, a tokenizer and texts; returns its parameters."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -222,7 +222,7 @@ def made(folder: Path, layers: int) -> int:
 
     from tensorkeep.language.start import from_config
 
-    shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": layers}
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     shape |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
     model: Any = from_config({"model_type": "llama", "tie_word_embeddings": False, **shape}, seed=1)
     model.to(torch.bfloat16).save_pretrained(folder / "base")

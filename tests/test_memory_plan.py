@@ -40,6 +40,7 @@ LLAMA = Sizes(32, 4096, 14336, 4096, 1024, 128256, 5_990_000_000, 1_050_673_152,
         (1, 2048, Way(12, "queries", rows=True), 6.915),  # these three under a limit, through the recipe
         (1, 32768, Way(1, "queries", rows=True), 10.513),
         (1, 131072, Way(0, "attention", rows=True), 20.219),
+        (1, 524288, Way(0, "start", 108_100_000_000, rows=True), 83.483),
     ],
 )
 def test_the_need_is_what_was_measured(samples: int, length: int, way: Way, measured: float) -> None:
@@ -77,6 +78,22 @@ def test_what_main_memory_cannot_take_is_made_again_or_stays() -> None:
     short = planned(LLAMA, 1, tokens, 200 * GIB, 100 * GIB)
     wide = short.way.wide * 4 * tokens * LLAMA.wide
     assert short.host == 100 * GIB and short.need["kept for the backward"] == wide + 28 * GIB
+
+
+def test_where_nothing_else_fits_one_of_a_few_layers_keeps_its_input() -> None:
+    tokens, limit, host = 1 << 19, 62 * GIB, 48 * GIB
+    plan = planned(LLAMA, 1, tokens, limit, host)
+    assert plan.way == Way(0, "start", host, True, every=4) and plan.total <= limit
+    assert plan.host == (32 // 4 + 3) * kept(LLAMA, tokens, "start")
+    assert "one of 4 layers keeps its input" in said(plan, tokens, 32, limit)
+    assert planned(LLAMA, 2, tokens // 2, limit, host).way.every == 1  # one sample at a time is faster
+
+
+def test_rows_of_more_numbers_than_were_seen_to_train_are_refused() -> None:
+    with pytest.raises(TensorkeepError, match="rows of 524289 tokens are too long") as e:
+        planned(LLAMA, 1, (1 << 19) + 1, 137 * GIB, HOST)
+    assert e.value.where == "data.length"
+    assert planned(LLAMA, 4, 1 << 18, 137 * GIB, HOST).micro == 2
 
 
 def test_what_cannot_fit_is_refused_with_what_it_needs() -> None:
@@ -183,6 +200,12 @@ def test_a_layer_that_keeps_its_start_alone_gives_the_same(monkeypatch: pytest.M
     lean([layer], "start", compiled=True)
     for name, value in _results(layer).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    layers = nn.Sequential(*(_layer("nf4", ALL) for _ in range(7)))
+    lean(layers, "start", compiled=True, offload=Offload())
+    alone = _results(layers)
+    lean(layers, "start", compiled=True, offload=Offload(every=3))
+    for name, value in _results(layers).items():
+        assert torch.equal(value, alone[name]), name
     _recompute._compiled_forward.cache_clear()
 
 

@@ -59,6 +59,62 @@ def test_outputs_and_gradients_are_bitwise_the_same_step_after_step(device: str)
     assert bool(offload.store.free) is (device == "cuda")  # buffers wait for the next step
 
 
+class Noisy(Block):
+    """Saves its input, drops some of it, and returns a pair, as some decoders do; counts its forwards."""
+
+    forwards = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.forwards += 1
+        return super().forward(x * nn.functional.dropout(torch.ones_like(x, requires_grad=True), 0.3)), None
+
+
+def _placed(blocks: Any, offload: Offload, device: str, apart: int | None = None) -> list[Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(8192, 64, device=device, requires_grad=True)
+    out: Tensor = x
+    with torch.autocast(device, torch.bfloat16):
+        for index, block in enumerate(blocks):
+            taken = out * 2 if index == apart else out * 1 if index == 0 else out
+            place = offload.place(taken)
+            with offload.saving({p.data_ptr() for p in block.parameters()}, None, place):
+                given = block(taken)
+            if place is not None:
+                place.stretch.add(block, given)
+            out = given[0]
+    out.square().sum().backward()
+    grads = [x.grad, *(p.grad for block in blocks for p in block.parameters())]
+    for block in blocks:
+        block.zero_grad()
+    return [out.detach(), *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("apart", [None, 2])
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_that_are_made_again_give_the_same_bits(device: str, apart: int | None) -> None:
+    blocks = nn.ModuleList(Noisy() for _ in range(7)).to(device)
+    expected = _placed(blocks, Offload(), device, apart)
+    offload = Offload(every=3)
+    for _ in range(2):  # the second step begins anew, though the first one's last stretch was not full
+        for block in blocks:
+            block.forwards = 0
+        found = _placed(blocks, offload, device, apart)
+        assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected))
+        # stretches begin at 0, 3, 6; something else between two parts begins one, too: at 0, 2, 5
+        ends = {None: (2, 5, 6), 2: (1, 4, 6)}[apart]
+        assert [b.forwards for b in blocks] == [1 if index in ends else 2 for index in range(7)]
+
+
+@needs_gpu
+def test_fewer_inputs_wait_in_main_memory() -> None:
+    blocks, pinned = nn.ModuleList(Noisy() for _ in range(8)).cuda(), {}
+    for every in (1, 4):
+        offload = Offload(every=every)
+        _placed(blocks, offload, "cuda")
+        pinned[every] = offload.store.pinned
+    assert pinned[4] < pinned[1]
+
+
 @needs_gpu
 def test_what_is_saved_leaves_the_gpu_and_wide_tensors_stay_where_that_is_asked() -> None:
     blocks = nn.ModuleList(Block() for _ in range(8)).cuda()

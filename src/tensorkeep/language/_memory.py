@@ -67,7 +67,7 @@ def arrange(
     """
     way = memory if isinstance(memory, Way) else _way(memory, len(layers), tokens)
     keep = [index >= len(layers) - way.wide for index in range(len(layers))]
-    offload = None if way.little is None else Offload(way.host)
+    offload = None if way.little is None else Offload(way.host, way.every)
     # a whole layer that is computed again holds gate and up for its own backward alone: else they would be made thrice
     again = not compiled and tokens <= _SHORT
     fused = fuse_mlps(layers, [wide or again for wide in keep])

@@ -20,9 +20,11 @@ CHUNK_BYTES = 256 << 20  # of wide products, and of logits, at a time
 LONG = 65536  # tokens from which main memory holds less of each layer
 _HALF = 2  # bytes of a number
 # numbers of each token in flight, beside what two layers hold: as many times the wider of hidden state and queries
-_IN_FLIGHT: dict[Little, float] = {"queries": 5.0, "attention": 10.5, "start": 14.0}
+_IN_FLIGHT: dict[Little, float] = {"queries": 5.0, "attention": 10.5, "start": 11.0}
 _SLACK = 256 << 20  # bytes: updates and their gradients in half precision, tables of positions
 _MARGIN = 0.03  # of the need: what torch's allocator cannot fill
+_NUMBERS = 1 << 31  # of a hidden state: with twice as many, gradients were NaN (benchmarks/results/qlora.md)
+_STRETCHES = (2, 4, 6)  # layers of which one keeps its input
 _HOST_SHARE = 0.8  # of main memory that may be page-locked
 
 
@@ -62,12 +64,14 @@ class Way(NamedTuple):
         little: what a layer keeps besides; None: all of it, on the GPU.
         host: bytes of main memory that it may wait in; what is beyond stays on the GPU (None: any number).
         rows: whether frozen embeddings wait there, too.
+        every: of so many layers in a row one keeps its input, and those of the others are made again from it.
     """
 
     wide: int
     little: Little | None
     host: int | None = None
     rows: bool = False
+    every: int = 1
 
 
 class Plan(NamedTuple):
@@ -112,7 +116,8 @@ def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
     if way.little is None:
         resting = sizes.layers * (one + across // 2)
     else:
-        resting = max(sizes.layers * one - (way.host if way.host is not None else sizes.layers * one), 0)
+        waiting = _waiting(sizes, tokens, way)
+        resting = max(waiting - (way.host if way.host is not None else waiting), 0)
     return {
         "weights": sizes.weights - (sizes.table if way.rows else 0),
         "training": sizes.training,
@@ -120,6 +125,12 @@ def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
         "tokens in flight": at_a_time,
         "kept for the backward": wide + resting,
     }
+
+
+def _waiting(sizes: Sizes, tokens: int, way: Way) -> int:
+    """Count the bytes that layers keep besides wide products, at most at a time."""
+    assert way.little is not None
+    return (-(-sizes.layers // way.every) + way.every - 1) * kept(sizes, tokens, way.little)
 
 
 def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> Plan:
@@ -136,14 +147,18 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
         The plan.
 
     Raises:
-        TensorkeepError: one sample at a time does not fit either.
+        TensorkeepError: one sample at a time does not fit either, or is longer than what was seen to train.
     """
+    longest = _NUMBERS // max(sizes.hidden, sizes.queries)
+    if length > longest:
+        what = f"rows of {length} tokens are too long: from {longest} on gradients are NaN on a GPU"
+        raise TensorkeepError(what, where="data.length", hint=f"a data.length of {longest} at most")
     least: Plan | None = None
-    micro = samples
+    micro = min(samples, longest // length)
     while True:
-        for way in _ways(sizes, micro * length, host):
+        for way in _ways(sizes, micro * length, host, micro == 1):
             need = needed(sizes, micro * length, way)
-            in_host = 0 if way.little is None else min(sizes.layers * kept(sizes, micro * length, way.little), host)
+            in_host = 0 if way.little is None else min(_waiting(sizes, micro * length, way), host)
             plan = Plan(micro, way, need, in_host)
             if plan.total <= limit:
                 return plan
@@ -157,13 +172,15 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
     raise TensorkeepError(what, where="training.memory_limit_gib", hint=hint)
 
 
-def _ways(sizes: Sizes, tokens: int, host: int) -> list[Way]:
-    """List the ways for so many tokens, the fastest first."""
+def _ways(sizes: Sizes, tokens: int, host: int, alone: bool) -> list[Way]:
+    """List the ways for so many tokens, of one sample `alone` or of several, the fastest first."""
     levels: tuple[Little, ...] = ("queries", "attention", "start") if tokens <= LONG else ("attention", "start")
     fits = [level for level in levels if sizes.layers * kept(sizes, tokens, level) <= host]
     level = fits[0] if fits else "start"
-    every = Way(sizes.layers, None)
-    return [every, *(Way(wide, level, host, True) for wide in range(sizes.layers, -1, -1))]
+    ways = [Way(sizes.layers, None), *(Way(wide, level, host, True) for wide in range(sizes.layers, -1, -1))]
+    if level == "start" and alone:  # one more forward, where not even one sample fits otherwise
+        ways += [Way(0, level, host, True, every) for every in _STRETCHES]
+    return ways
 
 
 def parts(need: dict[str, int]) -> str:
@@ -180,6 +197,8 @@ def said(plan: Plan, length: int, layers: int, limit: int) -> str:
         words.append("nothing waits in main memory")
     else:
         words.append(f"what else a backward needs ({way.little}) waits in {plan.host / GIB:.1f} GiB of main memory")
+    if way.every > 1:
+        words.append(f"one of {way.every} layers keeps its input, those of the others are made again")
     return f"{'; '.join(words)}; {plan.total / GIB:.1f} GiB are needed: {parts(plan.need)}"
 
 

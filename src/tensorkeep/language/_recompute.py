@@ -103,8 +103,13 @@ class Lean(nn.Module):
             return self._run(run, wanted, args, kwargs)
         shared = [*self.parameters(), *self.buffers(), *flat_tensors(kwargs)]
         largest = _WIDEST * max((t.nbytes for t in flat_tensors(args)), default=0)
-        with self.offload.saving({t.data_ptr() for t in shared}, largest):
-            return self._run(run, wanted, args, kwargs)
+        place = self.offload.place(args[0]) if self.compiled and wanted == "start" and args else None
+        with self.offload.saving({t.data_ptr() for t in shared}, largest, place):
+            out = self._run(run, wanted, args, kwargs)
+        if place is not None:
+            others = args[1:]  # without the input, which is not to be kept
+            place.stretch.add(lambda x: self._run(run, wanted, (x, *others), kwargs), out)
+        return out
 
     def _run(self, run: Any, wanted: Kept, args: Any, kwargs: Any) -> Any:
         if wanted == "input":

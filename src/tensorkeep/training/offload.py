@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training._again import Place, Stretch
 from tensorkeep.training._pinned import pinned_memory
 
 SMALLEST = 1 << 20  # bytes of a tensor that is worth moving
@@ -160,6 +161,8 @@ class Offload:
     Args:
         most: bytes of main memory that it may take (None: any number); what is saved beyond stays on the GPU. Parts
             come in the order of the forward, so that is what the backward needs first.
+        every: of so many parts in a row that are placed (`place`) one keeps its input; those of the others are made
+            again from it.
 
     Example:
         >>> offload, layer = Offload(), torch.nn.Linear(4, 4)
@@ -168,39 +171,78 @@ class Offload:
         >>> out.sum().backward()
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.store = HostStore(most)
-        self._last: Any = None  # a weak reference to the part before
+    def __init__(self, most: int | None = None, every: int = 1) -> None:
+        self.store, self.every = HostStore(most), every
+        self._last: Any = lambda: None  # weak references to the part before,
+        self._again: Any = lambda: None  # to what was last made again,
+        self._stretch: Any = lambda: None  # and to the layers that share a kept input
 
-    def __reduce__(self) -> tuple[type[Offload], tuple[int | None]]:
-        return Offload, (self.store.most,)
+    def __reduce__(self) -> tuple[type[Offload], tuple[int | None, int]]:
+        return Offload, (self.store.most, self.every)
+
+    def place(self, x: Tensor) -> Place | None:
+        """Place a part whose input is `x` behind those before it; None where every part keeps its own."""
+        if self.every == 1:
+            return None
+        stretch = self._stretch()
+        if stretch is None or len(stretch.steps) >= self.every or not stretch.goes_on_with(x):
+            stretch = Stretch(x.device, self._keep_again, _found)
+            self._stretch = weakref.ref(stretch)
+        return Place(stretch, len(stretch.steps), x)
+
+    def _keep_again(self, x: Tensor) -> Any:
+        """Let an input that was made again wait until the backward has come to its part."""
+        before = self._again()
+        part = _Part(before)
+        self._again = weakref.ref(part)
+        away = self._away(part, x)
+        if before is not None:
+            before.leave()
+        return away
+
+    def _away(self, part: _Part, x: Tensor) -> Any:
+        """Send a tensor to main memory where it is of a kind that goes there and there is room."""
+        if not (x.nbytes >= SMALLEST and x.is_cuda and x.is_floating_point() and _dense(x)):
+            return x
+        if not self.store.fits(x.nbytes):
+            return x
+        away = _Away(self.store, part, x)
+        part.saved.add(away)
+        return away
 
     @contextmanager
-    def saving(self, staying: Collection[int] = (), largest: int | None = None) -> Iterator[None]:
+    def saving(
+        self, staying: Collection[int] = (), largest: int | None = None, place: Place | None = None
+    ) -> Iterator[None]:
         """Within it large tensors that are saved go to main memory; parts are entered in the order of the forward.
 
         Args:
             staying: addresses of tensors that stay: what several parts share, parameters and buffers.
             largest: tensors of more bytes stay (None: none of them).
+            place: of this part, if its input may be made again.
         """
-        before = self._last() if self._last is not None else None
+        before = self._last()
         part = _Part(before)
         self._last = weakref.ref(part)
 
         def pack(x: Tensor) -> Any:
-            fits = x.nbytes >= SMALLEST and (largest is None or x.nbytes <= largest)
-            if not (fits and x.is_cuda and x.is_floating_point() and _dense(x)) or x.data_ptr() in staying:
+            if place is not None and place.is_input(x):
+                if place.position == 0 and place.stretch.first is None:
+                    place.stretch.first = self._away(part, x)
+                return place
+            if x.data_ptr() in staying or (largest is not None and x.nbytes > largest):
                 return x
-            if not self.store.fits(x.nbytes):
-                return x
-            away = _Away(self.store, part, x)
-            part.saved.add(away)
-            return away
+            return self._away(part, x)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.back() if type(kept) is _Away else kept):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _found):
             yield
         if before is not None:
             before.leave()
+
+
+def _found(kept: Any) -> Any:
+    """Return a tensor that was kept, from wherever it is."""
+    return kept.back() if isinstance(kept, _Away | Place) else kept
 
 
 def _dense(x: Tensor) -> bool:
