@@ -1,8 +1,8 @@
 """Find noise between the pictures of a bare H.264 or HEVC stream, which has no times whose gap would show it.
 
-What overwrites whole pictures becomes the end of the packet before them, and decoders stop reading a picture where it is
-whole. So packets far larger than others are decoded once more without their second half: where the pictures stay what
-they are, that half is none of theirs.
+What overwrites whole pictures becomes the end of the packet before them, and decoders stop reading a picture where it
+is whole. So packets far larger than others are decoded once more without their second half: where the pictures stay
+what they are, that half is none of theirs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where a video file ends by its own format: whether bytes are lacking there, and what lies behind.
 
 Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures, pages have
-numbers, the last of them a mark. A file that is shorter was cut, or lost bytes on the way. Where a second file was joined to the
-first, players of most formats stop at its beginning and say nothing.
+numbers, the last of them a mark. A file that is shorter was cut, or lost bytes on the way. Where a second file was
+joined to the first, players of most formats stop at its beginning and say nothing.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
         again = [k for k, (name, _) in enumerate(found) if name == b"moov"][1:]
         if not again or any(name == b"moof" for name, _ in found):  # fragments of a second index are read
             return 0
-        start = max((place for name, place in found[: again[0] + 1] if name in (b"ftyp", b"moov")), default=0)
+        heads = [place for name, place in found[1 : again[0] + 1] if name == b"ftyp"]
+        start = heads[0] if heads else found[again[0]][1]
         return len(data) - start
     mark = _BEGINNINGS.get(kind)
     place = data.find(mark, len(mark)) if mark else -1

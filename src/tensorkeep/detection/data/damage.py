@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 Opened = Callable[[], AbstractContextManager[tuple[Any, Any]]]  # gives PyAV's container and the video stream
 _LATE = 0.02  # a file whose streams end this part of its stated length too early was cut short
+_LEAST = 0.1  # seconds of that at least
 _FEW = 3.5  # a step of more than so many frame times is looked into
 _ONE = 1.6  # so is one in which a single picture is lacking, where such steps are rare
 _PAUSE = (10, 0.5)  # frame times and seconds of a pause that is told
@@ -26,6 +27,7 @@ _STRAY = {"mpegts": 1000, "mpeg": 1000, "asf": 1000}  # bytes between two packet
 _LITTLE = 200  # elsewhere
 _STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give a length; others' is a guess
 _EXACT = ("ivf", "mxf")  # to a picture
+_UNKNOWN = 0xFFFFFFFF  # pictures that a header counts of a recording in a pipe
 _TS_PACKETS = (188, 192, 204)
 _HEAD, _TAIL = 4096, 65536  # bytes that are looked at
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
@@ -127,9 +129,9 @@ def find_odd(
     frames = len(seconds) - 1
     with opened() as (container, stream):
         lost += _missing_of_index(container, stream, rows, seconds)
-        short = None if lost else _cut_short(path, opened, container, stream, seconds, torn)
+        short = None if lost else _cut_short(path, opened, container, stream, seconds, rows, torn)
         kind, number = container.format.name, int(stream.id)
-        counted = int(stream.duration or 0) if kind == "mxf" and rows else 0  # pictures, by its header
+        short_of = kind == "mxf" and len(rows) < (stream.duration or 0)  # of pictures that its header counts
     lost += [short] if short else []
     behind = 0 if lost or restarts else _bytes_behind(path, opened, kind, rows)
     if behind:
@@ -138,12 +140,18 @@ def find_odd(
         first = min(restarts[0], len(seconds) - 2)
         what = f"its clock starts again {len(restarts)} times, first" if len(restarts) > 1 else "its clock starts again"
         lost.append(f"{what} at frame {first} ({seconds[first]:.2f} s): recordings were joined there")
-    damaged, pauses = _holes(path, opened, kind, seconds, number, counted)
+    damaged, pauses = _holes(path, opened, kind, seconds, number, short_of)
     return (*lost, *damaged), pauses
 
 
 def _cut_short(
-    path: Path, opened: Opened, container: Any, stream: Any, seconds: NDArray[np.float64], torn: bool
+    path: Path,
+    opened: Opened,
+    container: Any,
+    stream: Any,
+    seconds: NDArray[np.float64],
+    rows: Sequence[Packet],
+    torn: bool,
 ) -> str | None:
     """Say how a file ends too early; None where it does not."""
     frames, end, length = len(seconds) - 1, float(seconds[-1]), path.stat().st_size
@@ -153,11 +161,12 @@ def _cut_short(
     said = said or (container.duration or 0) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
-    if kind in _EXACT and stream.duration and end < said - 0.5 * end / frames:
+    if kind in _EXACT and len(rows) < (said - 0.5 * end / frames) * frames / end and stream.duration < _UNKNOWN:
         return f"{what}, its header says {said:.2f} s"
     states = kind in _STATES_LENGTH and not _unfinished(path, kind)
     states = states and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
-    if states and end < said * (1 - _LATE) and _last_end(opened) < said * (1 - _LATE):
+    late = said - max(_LATE * said, _LEAST)
+    if states and end < late and _last_end(opened) < late:
         return f"{what}, its header says {said:.2f} s"
     if torn:
         return f"{what}, and the beginning of one more"
@@ -279,11 +288,11 @@ def _streams(container: Any) -> list[Any]:
 
 
 def _holes(
-    path: Path, opened: Opened, kind: str, seconds: NDArray[np.float64], number: int, counted: int
+    path: Path, opened: Opened, kind: str, seconds: NDArray[np.float64], number: int, short_of: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Say where no picture is shown for long: because bytes there are lost, or as a pause in an even recording.
 
-    `number` is that of the video stream in the file, `counted` how many pictures its header says, where it does.
+    `number` is that of the video stream in the file, `short_of` whether its header counts more.
     """
     steps = np.diff(seconds[:-1])
     if len(steps) < 3:
@@ -291,14 +300,15 @@ def _holes(
     usual = float(np.median(steps))
     long, single = np.flatnonzero(steps > _FEW * usual), np.flatnonzero(steps > _ONE * usual)
     long = long[long > 0] if kind == "avi" else long  # there a late start is a first picture that stands
+    if not len(single):
+        return (), ()
     rare = max(3, len(steps) // 100)
-    suspected = long if len(single) > rare else single
+    gone = "packets of the stream are missing" if kind == "mpegts" and _uncounted(path, number) else ""
+    gone = "its header counts more pictures" if short_of else gone
+    suspected = single if len(single) <= rare and (gone or kind not in _STRAY) else long
     if len(suspected) and not kind.startswith(("mov", "avi")):  # those two find pictures by an index
         unread = _unread_bytes(opened, kind)
-        gone = f"{unread} bytes of the file cannot be read" if unread else ""
-        if not unread and kind == "mpegts" and _uncounted(path, number):
-            gone = "packets of the stream are missing"
-        gone = gone or (f"its header counts {counted} pictures" if counted > len(steps) + 1 else "")
+        gone = f"{unread} bytes of the file cannot be read" if unread else gone
         if gone:
             return (f"footage is lost: {_told(suspected, steps, seconds, usual)}; {gone}",), ()
     if not len(long):
