@@ -14,7 +14,7 @@ pytest.importorskip("av")
 import av
 
 from tensorkeep.detection.data.containers import probe
-from tensorkeep.detection.data.hearing import decoded
+from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import opened
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.problems import Problem
@@ -203,4 +203,5 @@ def test_what_a_decoder_mends_in_silence_is_heard_and_nothing_else_is_logged(tmp
     assert problems == ["frames 20 to 23 (1.00 to 1.15 s) are damaged"]  # the next keyframe mends it
     assert not caplog.records and (av.logging.get_level(), av.logging.get_skip_repeated()) == before
     with opened(path, threads=0) as (container, stream):  # a decoder with threads of its own is not listened to
-        assert not any(decoded(packet).complained for packet in container.demux(stream))
+        hear = decoder(stream)
+        assert not any(hear(packet).complained for packet in container.demux(stream))

@@ -102,7 +102,7 @@ def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     tail = data[-_HEAD:]
     if kind == "yuv4mpegpipe" and ends and 0 < ends[-1] < len(data) and tail[ends[-1] - len(data) :][:5] == b"FRAME":
         return "its last frame is not whole"
-    if kind == "mjpeg" and not tail.rstrip(b"\0\r\n").endswith(b"\xff\xd9"):
+    if kind == "mjpeg" and len(ends) > 1 and b"\xff\xd9" not in data[ends[-2] : ends[-1]]:
         return "its last picture is not whole"
     if kind == "apng" and b"IEND" not in tail:
         return "it has no end"
@@ -143,7 +143,11 @@ def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
         bad = np.flatnonzero(heads != 1)
         return f"{len(bad)} of its {len(heads)} blocks are overwritten" if len(bad) else None
     if kind == "mjpeg":
-        torn = [k for k, (start, end) in enumerate(pairwise((0, *ends))) if not _whole_jpeg(data[start:end])]
+        torn = [
+            k
+            for k, (start, end) in enumerate(pairwise((0, *ends)))
+            if k + 1 < len(ends) and not _whole_jpeg(data[start:end])
+        ]
         return f"{len(torn)} of its {len(ends)} pictures are not whole, the first is frame {torn[0]}" if torn else None
     if kind in ("h264", "hevc") and (place := data.find(bytes(_ZEROS))) >= 0 and any(data[place + _ZEROS :][: 1 << 20]):
         frame = int(np.searchsorted(np.array(ends), place, side="right"))
@@ -152,10 +156,9 @@ def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
 
 
 def _whole_jpeg(picture: bytes) -> bool:
-    """Return whether a picture has its end, little behind that, and no zeros in place of its contents."""
+    """Return whether a picture has its end, and no zeros in place of its contents."""
     end = picture.rfind(b"\xff\xd9")
-    behind = picture[end + 2 :].strip(b"\0\r\n")
-    return not picture or (end >= 0 and not behind and bytes(_ZEROS) not in picture[:end])
+    return not picture or (end >= 0 and bytes(_ZEROS) not in picture[:end])
 
 
 def _pages(data: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tensorkeep.detection.data.bare import swollen
 from tensorkeep.detection.data.bounds import bounds
 from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
-from tensorkeep.detection.data.hearing import decoded
+from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import boxes, file_state, opened, quarter_turn
 from tensorkeep.errors import TensorkeepError
 
@@ -259,8 +259,9 @@ def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packe
         return shown
     found = set()
     with opened(path) as (container, stream):
+        hear = decoder(stream)
         for packet in demuxed(container, stream):
-            frames = decoded(packet).frames
+            frames = hear(packet).frames
             found |= {frame.pts for frame in frames}
             if key is not None and any(frame.pts is not None and frame.pts >= key for frame in frames):
                 break
@@ -277,8 +278,9 @@ def _counted_table(path: str, unit: float, rate: float, dts: list[int], restarte
     number, started = 0, False
     bad: list[int] = []  # frames near which pictures are damaged; before the first one they lack what they refer to
     with opened(path) as (container, stream):
+        hear = decoder(stream, from_start=True)
         for packet in demuxed(container, stream):
-            frames, failed, complained = decoded(packet, from_start=True)
+            frames, failed, complained = hear(packet)
             bad += [len(times)] * (started and bool(failed or complained))
             for frame in frames:
                 started = started or bool(frame.key_frame)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 # what decoders say of sound files too: of headers beside the pictures, of padding, and of pictures before a start
@@ -40,26 +39,39 @@ class Heard(NamedTuple):
     complained: bool
 
 
-def decoded(packet: Any, *, from_start: bool = False) -> Heard:
-    """Decode a packet.
+def decoder(stream: Any, *, from_start: bool = False) -> Callable[[Any], Heard]:
+    """Make what decodes the packets of a stream.
 
     Args:
-        packet: PyAV's, of a video stream.
-        from_start: whether everything before it was decoded, so that nothing that it refers to can be missing.
+        stream: PyAV's, of video, opened as it will be decoded.
+        from_start: whether all packets are decoded in turn, so that nothing that one refers to can be missing.
+
+    Returns:
+        Decodes a packet, whatever is wrong with it.
     """
-    context, error = packet.stream.codec_context, importlib.import_module("av.error")
+    context, failure = stream.codec_context, importlib.import_module("av.error").FFmpegError
+    logging, name, own = importlib.import_module("av.logging"), context.name, context.codec.name
     alone = context.thread_count == 1 and context.thread_type.name == "NONE"
-    frames, failed = [], None
-    listening: AbstractContextManager[list[tuple[int, str, str]]] = _listening() if alone else nullcontext([])
-    with listening as words:
+
+    def decoded(packet: Any) -> Heard:
+        words: list[tuple[int, str, str]] = []
+        frames, failed = [], None
         try:
-            frames = packet.decode()
-        except error.FFmpegError as found:
-            failed = str(found.strerror)
-    said = [message for level, name, message in words if level <= _ERROR and name == context.codec.name]
-    if failed and any(_NO_PICTURE.search(message) for message in said):
-        return Heard([], None, False)
-    return Heard(frames, failed, any(_counts(context.name, message, from_start) for message in said))
+            if alone:
+                with _Listening(logging), logging.Capture(local=False), logging.Capture(local=True) as words:
+                    frames = packet.decode()
+            else:
+                frames = packet.decode()
+        except failure as error:
+            failed = str(error.strerror)
+        if not words:
+            return Heard(frames, failed, False)
+        said = [message for level, who, message in words if level <= _ERROR and who == own]
+        if failed and any(_NO_PICTURE.search(message) for message in said):
+            return Heard([], None, False)
+        return Heard(frames, failed, any(_counts(name, message, from_start) for message in said))
+
+    return decoded
 
 
 def _counts(name: str, message: str, from_start: bool) -> bool:
@@ -69,22 +81,28 @@ def _counts(name: str, message: str, from_start: bool) -> bool:
     return from_start or name != "h264" or not _AFTER_SEEKING.search(message)
 
 
-@contextmanager
-def _listening() -> Iterator[list[tuple[int, str, str]]]:
-    """Collect the errors that FFmpeg logs in this thread: level, who says it, what."""
-    logging = importlib.import_module("av.logging")
-    with _lock:
-        level = logging.get_level()
-        _inside.append((level, logging.get_skip_repeated()) if not _inside else _inside[0])
-        if level is None or level < logging.ERROR:
-            logging.set_level(logging.ERROR)
-        logging.set_skip_repeated(False)
-    try:
-        with logging.Capture(local=False), logging.Capture(local=True) as words:
-            yield words
-    finally:
+class _Listening:
+    """Has FFmpeg's errors logged, by whatever thread, as long as one listens."""
+
+    __slots__ = ("logging",)
+
+    def __init__(self, logging: Any) -> None:
+        self.logging = logging
+
+    def __enter__(self) -> None:
+        with _lock:
+            if not _inside:
+                level = self.logging.get_level()
+                _inside.append((level, self.logging.get_skip_repeated()))
+                if level is None or level < _ERROR:
+                    self.logging.set_level(_ERROR)
+                self.logging.set_skip_repeated(False)
+            else:
+                _inside.append(_inside[0])
+
+    def __exit__(self, *error: object) -> None:
         with _lock:
             level, skipping = _inside.pop()
             if not _inside:
-                logging.set_level(level)
-                logging.set_skip_repeated(skipping)
+                self.logging.set_level(level)
+                self.logging.set_skip_repeated(skipping)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tensorkeep.detection.data.clip_memory import clip_memory
 from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
-from tensorkeep.detection.data.hearing import decoded
+from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
@@ -315,12 +315,12 @@ def _decoded(
 
     With `skips` those neither wanted nor referred to may be left out; `doubted` gets times the decoder complains of.
     """
-    context, skipping = stream.codec_context, False
+    context, skipping, hear = stream.codec_context, False, decoder(stream)
     for packet in demuxed(container, stream):
         skip = skips and packet.pts is not None and packet.pts not in wanted
         if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
             context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
-        heard = decoded(packet)
+        heard = hear(packet)
         if heard.complained and packet.pts is not None:
             doubted.add(packet.pts)
         if heard.failed and broken == "error":
