@@ -10,6 +10,7 @@ transport streams start their clock again) frames are counted by decoding once. 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +19,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tensorkeep.detection.data.bare import swollen
+from tensorkeep.detection.data.bounds import bounds
 from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
-from tensorkeep.detection.data.opening import file_state, import_av, opened, quarter_turn
+from tensorkeep.detection.data.hearing import decoder
+from tensorkeep.detection.data.opening import boxes, file_state, opened, quarter_turn
 from tensorkeep.errors import TensorkeepError
 
 # their packets need not show a picture, or their pictures are changes to those before without a keyframe
 _UNTRUSTED = {"vp8", "gif", "apng"}
 _PARTS = 1000  # of a unit of time
 _BARE = {"h264", "hevc", "vvc", "mpegvideo"}  # containers that are the pictures' own stream
+_CODED = {"h264", "hevc"}  # of them those whose pictures end by themselves
 _EVEN = 0.5  # frames whose times are off the mean rate by less than this part of a frame are evenly spread
 
 
@@ -119,6 +124,8 @@ def probe(path: str | Path) -> VideoInfo:
         rotation, width, height = quarter_turn(first.rotation), first.width, first.height
         stated, codec = stream.frames, stream.codec_context.name
         known = _even_index(container, stream, first.pts, file_state(path).st_size)
+        if known and bounds(Path(path), container.format.name, (), boxes(path)).behind:
+            known = None
     if rotation % 180:
         width, height = height, width
     if known is not None:
@@ -176,13 +183,14 @@ def frame_table(path: str | Path) -> FrameTable:
 def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     """Make the table of a file; its length and time of change make a changed file another one to the cache."""
     del length, changed
+    failed: list[str] = []
     with opened(path) as (container, stream):
         codec, kind, unit = stream.codec_context.name, container.format.name, float(stream.time_base or 1)
         # bare pictures have no header: their average is FFmpeg's default, whatever rate the pictures state
         rate = float((stream.guessed_rate if kind in _BARE else stream.average_rate) or 25)
         every = [
             Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
-            for p in demuxed(container, stream)
+            for p in demuxed(container, stream, failed=failed)
             if p.size or p.dts is not None
         ]
     rows, torn = whole_packets(every)
@@ -203,7 +211,31 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         pts = np.sort(np.array(times, dtype=np.int64))
         table = FrameTable(pts, np.array(keys, dtype=np.int64), unit, False, _last_step(pts, unit, rate))
     lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
-    return table._replace(lost=(*table.lost, *lost), notes=notes)
+    lost = (*table.lost, *lost)
+    return table._replace(lost=(*lost, *_beyond(path, kind, table, rows, failed, lost)), notes=notes)
+
+
+def _beyond(
+    path: str, kind: str, table: FrameTable, rows: list[Packet], failed: list[str], lost: tuple[str, ...]
+) -> Iterator[str]:
+    """Say what else is wrong with a file, of which `lost` is known, by its format's own lengths and marks."""
+    frames = len(table.pts)
+    place = f"behind frame {frames - 1} ({table.seconds[-1]:.2f} s)"
+    lacks, behind, within = bounds(
+        Path(path), kind, [-1 if r.pos is None else r.pos + r.size for r in rows], boxes(path)
+    )
+    if failed:
+        yield f"it cannot be read further {place}: {failed[0]}"
+    if lacks and not any("cut short" in each for each in lost):
+        yield f"cut short: {frames} whole frames in {table.seconds[-1]:.2f} s, {lacks}"
+    if behind and not lost:
+        yield f"the last {behind} bytes, {place}, are another recording that players do not show"
+    if within:
+        yield within
+    for number in (
+        swollen(partial(opened, path), [r.size for r in rows], [r.key for r in rows]) if kind in _CODED else ()
+    ):
+        yield f"bytes that are no picture lie near frame {number} ({table.seconds[min(number, frames)]:.2f} s)"
 
 
 def _shown_in_turn(rows: list[Packet], restarts: list[int]) -> bool:
@@ -226,13 +258,10 @@ def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packe
     if not early:
         return shown
     found = set()
-    av = import_av()
     with opened(path) as (container, stream):
+        hear = decoder(stream)
         for packet in demuxed(container, stream):
-            try:
-                frames = packet.decode()
-            except av.error.InvalidDataError:
-                continue
+            frames = hear(packet).frames
             found |= {frame.pts for frame in frames}
             if key is not None and any(frame.pts is not None and frame.pts >= key for frame in frames):
                 break
@@ -246,27 +275,35 @@ def _counted_table(path: str, unit: float, rate: float, dts: list[int], restarte
     ones. Where a clock started again each part goes on where the one before ended.
     """
     times: list[int | None] = []
-    number = failed = 0
-    where = 0
-    av = import_av()
+    number, started = 0, False
+    bad: list[int] = []  # frames near which pictures are damaged; before the first one they lack what they refer to
     with opened(path) as (container, stream):
+        hear = decoder(stream, from_start=True)
         for packet in demuxed(container, stream):
-            try:
-                for frame in packet.decode():
-                    times.append(frame.pts)
-                    number = number if frame.is_corrupt else len(times)
-            except av.error.InvalidDataError:
-                where = where if failed or not times else len(times)
-                failed += bool(times)  # pictures before the first one lack what they refer to where a file was cut
+            frames, failed, complained = hear(packet)
+            bad += [len(times)] * (started and bool(failed or complained))
+            for frame in frames:
+                started = started or bool(frame.key_frame)
+                bad += [len(times)] * (started and bool(frame.is_corrupt))
+                times.append(frame.pts)
+                number = number if frame.is_corrupt else len(times)
     if not number:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
     nothing = np.zeros(0, dtype=np.int64)
     pts, unit = _rising(times[:number], unit, rate, dts, restarted)
     table = FrameTable(pts, nothing, unit, True, _last_step(pts, unit, rate))
-    if failed and where < number:
-        what = f"{failed} pictures cannot be decoded, the first after frame {where - 1} ({table.seconds[where]:.2f} s)"
-        table = table._replace(lost=(what,))
-    return table
+    lost = [_near(table, [k for k in bad if k < number])] if any(k < number for k in bad) else []
+    if bad and bad[-1] >= number:
+        lost.append(f"cut short: {number} whole frames in {table.seconds[-1]:.2f} s, and the beginning of one more")
+    return table._replace(lost=tuple(lost))
+
+
+def _near(table: FrameTable, bad: list[int]) -> str:
+    """Say near which frames pictures are damaged: a decoder gives a picture some packets after its own."""
+    known = sorted(set(bad))
+    last = f", the last near frame {known[-1]} ({table.at(known[-1]):.2f} s)" if len(known) > 1 else ""
+    what = "a picture is" if len(known) == 1 else f"about {len(known)} pictures are"
+    return f"{what} damaged or cannot be decoded, the first near frame {known[0]} ({table.at(known[0]):.2f} s){last}"
 
 
 def _rising(

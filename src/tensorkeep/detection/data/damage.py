@@ -8,6 +8,7 @@ so); it is told where all other pictures come at an even rate.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,11 +19,15 @@ from numpy.typing import NDArray
 
 Opened = Callable[[], AbstractContextManager[tuple[Any, Any]]]  # gives PyAV's container and the video stream
 _LATE = 0.02  # a file whose streams end this part of its stated length too early was cut short
+_LEAST = 0.1  # seconds of that at least
 _FEW = 3.5  # a step of more than so many frame times is looked into
+_ONE = 1.6  # so is one in which a single picture is lacking, where such steps are rare
 _PAUSE = (10, 0.5)  # frame times and seconds of a pause that is told
 _STRAY = {"mpegts": 1000, "mpeg": 1000, "asf": 1000}  # bytes between two packets that are nothing unusual there
 _LITTLE = 200  # elsewhere
 _STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give a length; others' is a guess
+_EXACT = ("ivf", "mxf")  # to a picture
+_UNKNOWN = 0xFFFFFFFF  # pictures that a header counts of a recording in a pipe
 _TS_PACKETS = (188, 192, 204)
 _HEAD, _TAIL = 4096, 65536  # bytes that are looked at
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
@@ -52,14 +57,18 @@ class Packet(NamedTuple):
     pos: int | None
 
 
-def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
+def demuxed(container: Any, *streams: Any, failed: list[str] | None = None) -> Iterator[Any]:
     """Give the packets of streams as PyAV does, and the empty ones at the end that have a decoder give what it holds.
+
+    Where the container cannot be read further its packets end, as those of a player do.
 
     Args:
         container: PyAV's.
         streams: of the container.
+        failed: gets FFmpeg's word for why it cannot be read further.
     """
     ended = False
+    broken: Any = importlib.import_module("av.error").FFmpegError
     for _ in range(3):
         try:
             for packet in container.demux(*streams):
@@ -68,6 +77,9 @@ def demuxed(container: Any, *streams: Any) -> Iterator[Any]:
         except IndexError:  # noise can look like another stream, which PyAV stumbles over when the file ends
             if not ended:
                 continue
+        except broken as error:
+            if failed is not None:
+                failed.append(str(error.strerror))
         return
 
 
@@ -117,8 +129,9 @@ def find_odd(
     frames = len(seconds) - 1
     with opened() as (container, stream):
         lost += _missing_of_index(container, stream, rows, seconds)
-        short = None if lost else _cut_short(path, opened, container, stream, seconds, torn)
-        kind = container.format.name
+        short = None if lost else _cut_short(path, opened, container, stream, seconds, rows, torn)
+        kind, number = container.format.name, int(stream.id)
+        short_of = kind == "mxf" and len(rows) < (stream.duration or 0)  # of pictures that its header counts
     lost += [short] if short else []
     behind = 0 if lost or restarts else _bytes_behind(path, opened, kind, rows)
     if behind:
@@ -127,24 +140,33 @@ def find_odd(
         first = min(restarts[0], len(seconds) - 2)
         what = f"its clock starts again {len(restarts)} times, first" if len(restarts) > 1 else "its clock starts again"
         lost.append(f"{what} at frame {first} ({seconds[first]:.2f} s): recordings were joined there")
-    damaged, pauses = _holes(opened, kind, seconds)
+    damaged, pauses = _holes(path, opened, kind, seconds, number, short_of)
     return (*lost, *damaged), pauses
 
 
 def _cut_short(
-    path: Path, opened: Opened, container: Any, stream: Any, seconds: NDArray[np.float64], torn: bool
+    path: Path,
+    opened: Opened,
+    container: Any,
+    stream: Any,
+    seconds: NDArray[np.float64],
+    rows: Sequence[Packet],
+    torn: bool,
 ) -> str | None:
     """Say how a file ends too early; None where it does not."""
     frames, end, length = len(seconds) - 1, float(seconds[-1]), path.stat().st_size
     kind = container.format.name.partition(",")[0]
     what = f"cut short: {frames} whole frames in {end:.2f} s"
-    said = float(stream.duration * stream.time_base) if kind == "avi" and stream.duration else 0.0
+    said = float(stream.duration * stream.time_base) if kind in ("avi", *_EXACT) and stream.duration else 0.0
     said = said or (container.duration or 0) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
+    if kind in _EXACT and len(rows) < (said - 0.5 * end / frames) * frames / end and stream.duration < _UNKNOWN:
+        return f"{what}, its header says {said:.2f} s"
     states = kind in _STATES_LENGTH and not _unfinished(path, kind)
     states = states and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
-    if states and end < said * (1 - _LATE) and _last_end(opened) < said * (1 - _LATE):
+    late = said - max(_LATE * said, _LEAST)
+    if states and end < late and _last_end(opened) < late:
         return f"{what}, its header says {said:.2f} s"
     if torn:
         return f"{what}, and the beginning of one more"
@@ -161,15 +183,21 @@ def _unfinished(path: Path, kind: str) -> bool:
         return kind == "avi" and file.read(8)[4:] in (bytes(4), b"\xff" * 4)
 
 
-def _whole_ts_packets(path: Path, length: int) -> bool:
-    """Return whether a transport stream ends with a whole packet, wherever its first one lies."""
+def _ts_grid(path: Path) -> tuple[int, int] | None:
+    """Return the length of a transport stream's packets, and where the first one begins; None where none is seen."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
     for size in _TS_PACKETS:  # 192: four bytes before each
         for first in range(size):
             if head[first : first + 4 * size : size] == b"GGGG":
-                return (length - first) % size in (0, size - 4)
-    return any(length % size == 0 for size in _TS_PACKETS)
+                return size, first
+    return None
+
+
+def _whole_ts_packets(path: Path, length: int) -> bool:
+    """Return whether a transport stream ends with a whole packet, wherever its first one lies."""
+    size, first = _ts_grid(path) or (0, 0)
+    return (length - first) % size in (0, size - 4) if size else any(length % each == 0 for each in _TS_PACKETS)
 
 
 def _open_element(path: Path, length: int) -> bool:
@@ -259,26 +287,50 @@ def _streams(container: Any) -> list[Any]:
     return [stream for stream in container.streams if stream.type in ("video", "audio", "subtitle")]
 
 
-def _holes(opened: Opened, kind: str, seconds: NDArray[np.float64]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Say where no picture is shown for long: because bytes there are lost, or as a pause in an even recording."""
+def _holes(
+    path: Path, opened: Opened, kind: str, seconds: NDArray[np.float64], number: int, short_of: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Say where no picture is shown for long: because bytes there are lost, or as a pause in an even recording.
+
+    `number` is that of the video stream in the file, `short_of` whether its header counts more.
+    """
     steps = np.diff(seconds[:-1])
     if len(steps) < 3:
         return (), ()
     usual = float(np.median(steps))
-    long = np.flatnonzero(steps > _FEW * usual)
+    long, single = np.flatnonzero(steps > _FEW * usual), np.flatnonzero(steps > _ONE * usual)
     long = long[long > 0] if kind == "avi" else long  # there a late start is a first picture that stands
+    if not len(single):
+        return (), ()
+    rare = max(3, len(steps) // 100)
+    gone = "packets of the stream are missing" if kind == "mpegts" and _uncounted(path, number) else ""
+    gone = "its header counts more pictures" if short_of else gone
+    suspected = single if len(single) <= rare and (gone or kind not in _STRAY) else long
+    if len(suspected) and not kind.startswith(("mov", "avi")):  # those two find pictures by an index
+        unread = _unread_bytes(opened, kind)
+        gone = f"{unread} bytes of the file cannot be read" if unread else gone
+        if gone:
+            return (f"footage is lost: {_told(suspected, steps, seconds, usual)}; {gone}",), ()
     if not len(long):
         return (), ()
-    unread = (
-        0 if kind.startswith(("mov", "avi")) else _unread_bytes(opened, kind)
-    )  # those two find pictures by an index
-    if unread:
-        told = _told(long, steps, seconds, usual)
-        return (f"footage is lost: {told}; {unread} bytes of the file cannot be read",), ()
     rest = np.delete(steps, long)
-    even = len(long) <= max(3, len(steps) // 100) and bool((np.abs(rest - usual) <= 0.6 * usual).all())
+    even = len(long) <= rare and bool((np.abs(rest - usual) <= 0.6 * usual).all())
     pauses = long[(steps[long] > _PAUSE[0] * usual) & (steps[long] > _PAUSE[1])]
     return (), ((_told(pauses, steps, seconds, usual),) if even and len(pauses) else ())
+
+
+def _uncounted(path: Path, number: int) -> bool:
+    """Return whether packets of a transport stream's part are missing by the count that each has, modulo 16."""
+    size, first = _ts_grid(path) or (0, 0)
+    if not size:
+        return False
+    data = np.memmap(path, np.uint8, "r", first)
+    rows = data[: len(data) // size * size].reshape(-1, size)[:, :6]
+    rows = np.array(rows[((rows[:, 1] & 31).astype(np.int32) << 8 | rows[:, 2]) == number])
+    rows = rows[rows[:, 3] & 16 > 0]  # those without a payload are not counted
+    steps = np.diff(rows[:, 3] & 15) & 15
+    said = (rows[1:, 3] & 32 > 0) & (rows[1:, 4] > 0) & (rows[1:, 5] & 128 > 0)  # a jump that is meant
+    return bool(((steps > 1) & ~said).any())
 
 
 def _told(places: NDArray[np.intp], steps: NDArray[np.float64], seconds: NDArray[np.float64], usual: float) -> str:

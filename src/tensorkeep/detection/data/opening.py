@@ -117,17 +117,27 @@ def _other_format(path: str | Path) -> str | None:
 
 def _lacks_index(path: str | Path) -> bool:
     """Return whether a file begins as an MP4 does, and its boxes end before one that says where its pictures lie."""
-    found: list[bytes] = []
+    found = [name for name, _ in boxes(path)]
+    return found[:1] == [b"ftyp"] and b"mdat" in found and b"moov" not in found
+
+
+def boxes(path: str | Path) -> Iterator[tuple[bytes, int]]:
+    """Give the outermost boxes of an MP4, name and place, at most 10,000.
+
+    Args:
+        path: a file; of one that is no MP4 the names mean nothing.
+    """
     length, place = Path(path).stat().st_size, 0
     with Path(path).open("rb") as file:
-        while place + 8 <= length and len(found) < _BOXES:
+        for _ in range(_BOXES):
+            if place + 8 > length:
+                return
             file.seek(place)
             head = file.read(16)
             size = int.from_bytes(head[:4], "big")
             size = int.from_bytes(head[8:], "big") if size == 1 else size or length
-            found.append(head[4:8])
+            yield head[4:8], place
             place += max(size, 8)
-    return found[:1] == [b"ftyp"] and b"mdat" in found and b"moov" not in found
 
 
 def refuse_address(name: str | Path) -> None:

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from tensorkeep.detection.data.clip_memory import clip_memory
 from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
+from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.errors import TensorkeepError
@@ -279,11 +280,13 @@ def _reach(
         since = int(table.key_pts[key]) if key > 0 else None
         wanted = {index if table.counted else int(table.pts[index]): index for index in run}
         place, damaged = 0, False
-        for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path, table)):
+        doubted: set[int] = set()
+        for count, frame in enumerate(_decoded(container, stream, wanted, skips, broken, path, table, doubted)):
             stamp = count if table.counted else frame.pts
             # pictures before the keyframe lack what they refer to
             if since is None or (stamp is not None and stamp >= since):
-                damaged = bool(frame.is_corrupt) or (damaged and not frame.key_frame)
+                doubtful = bool(frame.is_corrupt) or frame.pts in doubted
+                damaged = doubtful or (damaged and not frame.key_frame)
             index = wanted.get(stamp)
             if index is None or index < run[place]:
                 continue
@@ -306,23 +309,25 @@ def _decoded(
     broken: Broken,
     path: str | Path,
     table: FrameTable,
+    doubted: set[int],
 ) -> Iterator[Any]:
     """Decode pictures from here on, in the order they are shown.
 
-    With `skips` those that are neither wanted nor referred to by others may be left out.
+    With `skips` those neither wanted nor referred to may be left out; `doubted` gets times the decoder complains of.
     """
-    av, context, skipping = import_av(), stream.codec_context, False
+    context, skipping, hear = stream.codec_context, False, decoder(stream)
     for packet in demuxed(container, stream):
         skip = skips and packet.pts is not None and packet.pts not in wanted
         if skip is not skipping:  # said only where it changes: saying it costs a tenth of decoding a small picture
             context.skip_frame, skipping = "NONREF" if skip else "DEFAULT", skip
-        try:
-            yield from packet.decode()
-        except av.error.InvalidDataError as error:
-            if broken == "error":
-                known = packet.pts is not None and not table.counted
-                at = f" at {(packet.pts - int(table.pts[0])) * table.time_base:.2f} s" if known else ""
-                raise TensorkeepError(f"cannot be decoded{at}: {error.strerror}", where=path, hint=MEND) from None
+        heard = hear(packet)
+        if heard.complained and packet.pts is not None:
+            doubted.add(packet.pts)
+        if heard.failed and broken == "error":
+            known = packet.pts is not None and not table.counted
+            at = f" at {(packet.pts - int(table.pts[0])) * table.time_base:.2f} s" if known else ""
+            raise TensorkeepError(f"cannot be decoded{at}: {heard.failed}", where=path, hint=MEND)
+        yield from heard.frames
 
 
 def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list[int]]]:

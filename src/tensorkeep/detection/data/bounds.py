@@ -1,0 +1,172 @@
+"""Where a video file ends by its own format: whether bytes are lacking there, and what lies behind.
+
+Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures, pages have
+numbers, the last of them a mark. A file that is shorter was cut, or lost bytes on the way. Where a second file was
+joined to the first, players of most formats stop at its beginning and say nothing.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+# the first bytes of a file of a format, which come once in it
+_BEGINNINGS = {
+    "asf": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
+    "wtv": bytes.fromhex("b7d800203749da11a64e0007e95ead8d"),
+    "apng": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+}
+_SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
+_PARTITION = bytes.fromhex("060e2b34020501010d010201")  # of MXF; what follows says which
+_FOOTER = 24  # bytes from the start of a partition's fields to the place of the footer
+_HEAD = 65536
+_ZEROS = 512  # in a row are no part of H.264, HEVC and JPEG
+_DV_BLOCK = 12_000  # bytes of a sequence of DV, which begins with a header
+_EIGHT = 8  # bytes of a chunk's head
+_SLACK = 16  # bytes by which headers are wrong of files that are whole
+
+
+class Bounds(NamedTuple):
+    """What is wrong with a file by its format's own lengths and marks.
+
+    Attributes:
+        lacks: what lacks at its end, or None.
+        behind: how many bytes behind its end hold another file.
+        within: what else is lost, or None.
+    """
+
+    lacks: str | None
+    behind: int
+    within: str | None
+
+
+def bounds(path: Path, kind: str, ends: Sequence[int], boxes: Iterable[tuple[bytes, int]]) -> Bounds:
+    """Compare a file's length with what its format says.
+
+    Args:
+        path: the file.
+        kind: FFmpeg's name of its container.
+        ends: where its packets of video end, in the order of the file; -1 where that is not known.
+        boxes: the outermost boxes of an MP4 with their places, looked at where it is one.
+
+    Returns:
+        What is wrong with it.
+    """
+    length = path.stat().st_size
+    if not length:
+        return Bounds(None, 0, None)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        stated = _stated(data, kind, ends)
+        lacks = (
+            f"{stated - length} bytes of it are missing" if stated > length + _SLACK else _unfinished(data, kind, ends)
+        )
+        behind = _behind(data, kind, boxes)
+        return Bounds(None if behind else lacks, behind, _lost(data, kind, ends))
+
+
+def _stated(data: mmap.mmap, kind: str, ends: Sequence[int]) -> int:
+    """Return how long a file is by its own header; 0 where it does not say."""
+    head = data[:_HEAD]
+    if kind == "avi":  # lengths of a recording that was not finished are 0 or all ones, as are those that overflow
+        size = int.from_bytes(head[4:8], "little")
+        movi = head.find(b"movi")
+        inner = int.from_bytes(head[movi - 4 : movi], "little") if movi > 0 else 0
+        return size + _EIGHT if head[:4] == b"RIFF" and 0 < inner < size < 0x7FFFFFFF else 0
+    if kind.startswith("matroska"):
+        place = head.find(_SEGMENT)
+        if place < 0:
+            return 0
+        width = 9 - head[place + 4].bit_length() if head[place + 4] else 0
+        size = int.from_bytes(head[place + 4 : place + 4 + width], "big") - (1 << 7 * width)
+        return place + 4 + width + size if width and size < (1 << 7 * width) - 1 else 0
+    if kind == "flv":
+        place = head.find(b"\0\x08filesize\0")
+        number = struct.unpack(">d", head[place + 11 : place + 19])[0] if place > 0 else 0.0
+        return int(number) if 0 < number < 2**53 else 0
+    if kind == "mxf" and head[:12] == _PARTITION:
+        fields = 17 + (head[16] & 0x7F if head[16] & 0x80 else 0)
+        return int.from_bytes(head[fields + _FOOTER : fields + _FOOTER + 8], "big")
+    if kind == "dv" and len(ends) > 1 and ends[0] > 0:  # all frames have one length
+        return -(-len(data) // ends[0]) * ends[0]
+    return 0
+
+
+def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
+    """Say what a file lacks at its end whose format gives no length."""
+    tail = data[-_HEAD:]
+    if kind == "yuv4mpegpipe" and ends and 0 < ends[-1] < len(data) and tail[ends[-1] - len(data) :][:5] == b"FRAME":
+        return "its last frame is not whole"
+    if kind == "mjpeg" and len(ends) > 1 and b"\xff\xd9" not in data[ends[-2] : ends[-1]]:
+        return "its last picture is not whole"
+    if kind == "apng" and b"IEND" not in tail:
+        return "it has no end"
+    if kind == "ogg":
+        last = {serial: flags & 4 for _, serial, _, flags in _pages(data)}
+        return "it has no last page" if last and not any(last.values()) else None
+    if kind == "mxf" and data[:12] == _PARTITION and (place := _stated(data, kind, ends)):
+        return None if data[place : place + 12] == _PARTITION else "its end does not lie where its header says"
+    return None
+
+
+def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> int:
+    """Return how many bytes at the end of a file are another one that begins there."""
+    if kind.startswith("mov"):
+        found = list(boxes)
+        again = [k for k, (name, _) in enumerate(found) if name == b"moov"][1:]
+        if not again or any(name == b"moof" for name, _ in found):  # fragments of a second index are read
+            return 0
+        heads = [place for name, place in found[1 : again[0] + 1] if name == b"ftyp"]
+        start = heads[0] if heads else found[again[0]][1]
+        return len(data) - start
+    mark = _BEGINNINGS.get(kind)
+    place = data.find(mark, len(mark)) if mark else -1
+    return len(data) - place if place > 0 else 0
+
+
+def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
+    """Say what a format's own counting shows to be lost within a file."""
+    if kind == "ogg":
+        before: dict[int, int] = {}
+        gaps = 0
+        for _, serial, number, flags in _pages(data):
+            gaps += serial in before and not flags & 2 and number != before[serial] + 1
+            before[serial] = number
+        return f"numbers of its pages are missing at {gaps} places" if gaps else None
+    if kind == "dv":
+        heads = np.frombuffer(data, np.uint8)[::_DV_BLOCK] >> 4  # a copy, so that the file can be closed
+        bad = np.flatnonzero(heads != 1)
+        return f"{len(bad)} of its {len(heads)} blocks are overwritten" if len(bad) else None
+    if kind == "mjpeg":
+        torn = [
+            k
+            for k, (start, end) in enumerate(pairwise((0, *ends)))
+            if k + 1 < len(ends) and not _whole_jpeg(data[start:end])
+        ]
+        return f"{len(torn)} of its {len(ends)} pictures are not whole, the first is frame {torn[0]}" if torn else None
+    if kind in ("h264", "hevc") and (place := data.find(bytes(_ZEROS))) >= 0 and any(data[place + _ZEROS :][: 1 << 20]):
+        frame = int(np.searchsorted(np.array(ends), place, side="right"))
+        return f"zeros in place of pictures near frame {frame}"
+    return None
+
+
+def _whole_jpeg(picture: bytes) -> bool:
+    """Return whether a picture has its end, and no zeros in place of its contents."""
+    end = picture.rfind(b"\xff\xd9")
+    return not picture or (end >= 0 and bytes(_ZEROS) not in picture[:end])
+
+
+def _pages(data: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:
+    """Give the pages of an Ogg file: place, number of the stream, number of the page, flags."""
+    place = data.find(b"OggS")
+    while 0 <= place <= len(data) - 27:
+        head = data[place : place + 27]
+        parts = data[place + 27 : place + 27 + head[26]]
+        serial, number = struct.unpack("<II", head[14:22])
+        yield place, serial, number, head[5]
+        place = data.find(b"OggS", place + 27 + len(parts) + sum(parts))
