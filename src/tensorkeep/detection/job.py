@@ -15,6 +15,7 @@ from tensorkeep.detection.check import Checked, check_training, refuse_untrainab
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.clips import Clips, most_segments
 from tensorkeep.detection.data.device_augment import augment_batch
+from tensorkeep.detection.data.device_decode import decoded_ahead, require_decoder
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
 from tensorkeep.detection.recipe.schema import DetectionRecipe
@@ -94,7 +95,8 @@ def build(
         pace=("frames", frames) if recipe.data.inputs == "video" else ("samples", 1.0),
         launched=launched(recipe.model),
     )
-    return augmented_on_device(job, recipe) if on_gpu else job, loop
+    job = augmented_on_device(job, recipe) if on_gpu else job
+    return decoded_on_device(job, recipe, world.device) if recipe.data.decode == "gpu" else job, loop
 
 
 def augmented_on_device(job: Job, recipe: DetectionRecipe) -> Job:
@@ -110,6 +112,30 @@ def augmented_on_device(job: Job, recipe: DetectionRecipe) -> Job:
     if not isinstance(job.data, Clips) or recipe.data.inputs != "video" or recipe.data.augment is None:
         return job
     return replace(job, data=replace(job.data, uncut=True), prepare=partial(augment_batch, size=recipe.data.crop_size))
+
+
+def decoded_on_device(job: Job, recipe: DetectionRecipe, device: torch.device) -> Job:
+    """Let the processes that load data only ask for training frames: the device decodes, scales and augments them.
+
+    Args:
+        job: of `recipe`.
+        recipe: on videos.
+        device: where the model is.
+
+    Returns:
+        The job with other `data`, `prepare`, `ahead` and `decoder`; order and draws of the samples are the same.
+
+    Raises:
+        TensorkeepError: The device is no GPU, or its decoder cannot be used.
+    """
+    assert isinstance(job.data, Clips)
+    return replace(
+        job,
+        data=replace(job.data, uncut=True, asks=True),
+        prepare=partial(augment_batch, size=recipe.data.crop_size),
+        ahead=partial(decoded_ahead, device=device, threads=max(recipe.training.workers, 1)),
+        decoder=require_decoder([item.path for item in job.data.items[:SHOWN]], device),
+    )
 
 
 def check(

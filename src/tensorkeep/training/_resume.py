@@ -55,8 +55,14 @@ FREE = (
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 
 
-def facts(loop: Loop, world: World) -> dict[str, Any]:
-    """Collect what must be equal for equal bits: versions, device, threads, kernels, and how a batch is split."""
+def facts(loop: Loop, world: World, decoder: str | None = None) -> dict[str, Any]:
+    """Collect what must be equal for equal bits: versions, device, threads, kernels, and how a batch is split.
+
+    Args:
+        loop: settings.
+        world: this process among its peers.
+        decoder: `Job.decoder`.
+    """
     on_gpu = world.device.type == "cuda"
     sharded = loop.parallel == "fsdp" and world.size > 1
     return {
@@ -73,6 +79,7 @@ def facts(loop: Loop, world: World) -> dict[str, Any]:
         "parallel": loop.parallel if world.size > 1 else None,
         "gathered": loop.precision if sharded and loop.precision == "bf16" else None,  # shards, for a forward
         "replicas": loop.replicas if sharded and loop.replicas > 1 else None,
+        "decoder": decoder,
     }
 
 
@@ -148,7 +155,7 @@ def snapshot(
         "data": data,
         "data_files": dict(getattr(job.data, "digests", {})),  # not compared: they name what changed
         "recipe": _plain(job.recipe),
-        "facts": facts(loop, world),
+        "facts": facts(loop, world, job.decoder),
         "ties": ties,
         "optimizer": groups,
         "scaler": scaler.state_dict(),
@@ -342,7 +349,7 @@ def put_back(
         thing.load_state_dict(then["state"][name])
     if is_flow(job.data):
         job.data.go_to(then["flow"])
-    return _level(loop, world, then, _put_random(loop, world, then))
+    return _level(loop, world, then, _put_random(loop, world, then), job.decoder)
 
 
 def _put_random(loop: Loop, world: World, then: Mapping[str, Any]) -> list[str]:
@@ -355,11 +362,13 @@ def _put_random(loop: Loop, world: World, then: Mapping[str, Any]) -> list[str]:
     return [] if states else ["no random states (R01)"]
 
 
-def _level(loop: Loop, world: World, then: Mapping[str, Any], lost: list[str]) -> tuple[str, list[str]]:
+def _level(
+    loop: Loop, world: World, then: Mapping[str, Any], lost: list[str], decoder: str | None = None
+) -> tuple[str, list[str]]:
     """How exact the resume is, and why not more."""
     if "foreign" in then:  # who wrote it knows what it gives (MiniMind's weights are rounded to fp16)
         return then["foreign"]["level"], lost
-    now, before = facts(loop, world), then.get("facts") or {}
+    now, before = facts(loop, world, decoder), then.get("facts") or {}
     why = [
         f"{key} {shown(before.get(key))} -> {shown(value)}" for key, value in now.items() if before.get(key) != value
     ]

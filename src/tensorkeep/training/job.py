@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,6 +57,9 @@ class Job:
         launched: why its kernels are launched one by one where the loop leaves it open; "": nothing is known against a
             CUDA graph.
         prepare: turns a micro-batch that is on the device into what the loss gets; None: it is that.
+        ahead: takes the micro-batches of each update as they are fetched and gives them back, in the same order, with
+            what is still to be made of them (frames that the device decodes); None: they are whole.
+        decoder: what makes the samples where it is not this package, for the record; None: nothing else.
     """
 
     model: nn.Module
@@ -80,6 +83,8 @@ class Job:
     micro: int | None = None
     launched: str = ""
     prepare: Callable[[Any], Any] | None = None
+    ahead: Callable[[Iterator[list[Any]]], Generator[list[Any], None, None]] | None = None
+    decoder: str | None = None
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _go(run: Run, model: nn.Module, wish: Wish) -> Reason:
     saved = run.step  # the newest step with a checkpoint; none is made of a run that has not begun
     resumed, say = saved if run.level else None, run.say if world.first else None
     log = Log(run.folder, job, loop, world, run.scaler, run.say, run.status, run.saver)
-    proof = Proof(run.folder, resuming.facts(loop, world), resumed, say, log.proven)
+    proof = Proof(run.folder, resuming.facts(loop, world, job.decoder), resumed, say, log.proven)
     parts = _batches(run)
     try:
         while True:
@@ -208,7 +208,7 @@ def _batches(run: Run) -> Generator[list[Any], None, None]:
         workers=loop.workers,
         pin=world.device.type == "cuda",
     )
-    return cast("Generator[list[Any], None, None]", found)
+    return cast("Generator[list[Any], None, None]", found) if job.ahead is None else job.ahead(found)
 
 
 def _save(run: Run) -> None:

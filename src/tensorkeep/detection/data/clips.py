@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,13 +31,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from tensorkeep.detection.data.asking import Asked, ask
 from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.device_augment import Uncut, cut_out
 from tensorkeep.detection.data.features import read_side_by_side
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
-from tensorkeep.detection.data.video import decode
+from tensorkeep.detection.data.video import decode, fitted
 from tensorkeep.detection.data.windows import (
     Window,
     clip_to_window,
@@ -69,6 +70,7 @@ class Clips:
     """A data set of windows, as `make_clips` makes it: `len`, `sample(index, generator)`, `fingerprint()`.
 
     `uncut`: the inputs of training samples are `device_augment.Uncut`, for the device to augment.
+    `asks`: they are `asking.Asked`, for the device to decode first.
     """
 
     items: tuple[Item, ...]
@@ -76,6 +78,7 @@ class Clips:
     reader: VideoReader | FeatureReader
     places: tuple[Place, ...] = field(repr=False)
     uncut: bool = False
+    asks: bool = False
 
     def __len__(self) -> int:
         return len(self.places)
@@ -107,12 +110,12 @@ class Clips:
             cut, segments, kept = self._cut(item, place, generator)
             mask, start = torch.from_numpy(cut.mask), cut.start_frame
         try:
-            inputs = _read(item, self.reader, config, cut, generator, problems, self.uncut)
+            inputs = _read(item, self, cut, generator, problems)
         except TensorkeepError as error:
             if self.reader.broken == "error":
                 raise
             problems.append(Problem("error", "unreadable video", item.name, f"left out: {error.line}"))
-            inputs, mask = _nothing(self.reader, config, self.uncut), torch.zeros_like(mask)
+            inputs, mask = _nothing(self), torch.zeros_like(mask)
             segments, kept = segments[:0], kept[:0]
         meta = {
             "video": item.name,
@@ -287,15 +290,10 @@ def _window(config: WindowConfig, bounds: tuple[int, int], frames: int) -> Windo
 
 
 def _read(
-    item: Item,
-    reader: VideoReader | FeatureReader,
-    config: WindowConfig,
-    cut: Window | None,
-    generator: torch.Generator,
-    problems: list[Problem],
-    uncut: bool,
-) -> Tensor | Uncut:
+    item: Item, clips: Clips, cut: Window | None, generator: torch.Generator, problems: list[Problem]
+) -> Tensor | Uncut | Asked:
     """Read the inputs of one sample: of the window `cut`, or with None the whole video, resized."""
+    reader, config = clips.reader, clips.window
     length = config.window_size
     if isinstance(reader, FeatureReader):
         rows = None if cut is None else (cut.first, cut.last + 1)
@@ -306,28 +304,31 @@ def _read(
         return F.pad(features, (0, length - features.shape[1]))
     indices = resized_frames(item.frames, length, config.scale_factor) if cut is None else cut.frames
     side = reader.size if reader.augment is None else reader.augment.short_side
-    frames = decode(
-        item.path,
-        indices,
-        size=side,
-        threads=reader.threads,
-        problems=problems,
-        broken="keep" if reader.broken == "keep" else "error",
-    )
+    broken: Literal["keep", "error"] = "keep" if reader.broken == "keep" else "error"
+    if clips.asks:
+        asked = ask(item.path, indices, lambda height, width: fitted(height, width, side))
+        if isinstance(asked, Asked):
+            drawn = None if reader.augment is None else draw_augmentation(reader.augment, *asked.size, generator)
+            return asked._replace(broken=broken, drawn=drawn, side=reader.size)
+        problems.append(Problem("info", "decoded on a CPU", item.name, f"decoded on a CPU: {asked}"))
+    frames = decode(item.path, indices, size=side, threads=reader.threads, problems=problems, broken=broken)
     if reader.augment is None:
         frames = centre_crop(frames, reader.size)
+        if clips.uncut:
+            return Uncut(frames, None)
     else:
         drawn = draw_augmentation(reader.augment, frames.shape[2], frames.shape[3], generator)
-        if uncut:
+        if clips.uncut:
             return cut_out(frames, drawn)
         frames = augment(frames, drawn, reader.augment.size)
     return frames.transpose(0, 1).contiguous()  # [3, T, H, W]
 
 
-def _nothing(reader: VideoReader | FeatureReader, config: WindowConfig, uncut: bool) -> Tensor | Uncut:
+def _nothing(clips: Clips) -> Tensor | Uncut:
     """Make zeros in the shape of a sample's inputs."""
+    reader, config = clips.reader, clips.window
     if isinstance(reader, FeatureReader):
         return torch.zeros(reader.channels, config.window_size)
     size = reader.size if reader.augment is None else reader.augment.size
     frames = torch.zeros(config.window_size * config.scale_factor, 3, size, size, dtype=torch.uint8)
-    return Uncut(frames, None) if uncut and reader.augment is not None else frames.transpose(0, 1).contiguous()
+    return Uncut(frames, None) if clips.uncut else frames.transpose(0, 1).contiguous()

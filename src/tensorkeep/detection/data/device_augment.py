@@ -82,12 +82,18 @@ def augment_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
     return {**batch, "inputs": out}
 
 
-def scaled(frames: Tensor, size: int) -> Tensor:
-    """Scale frames `[T, 3, h, w]` to `size` x `size` bilinearly, each pixel an integer mean of those it covers."""
-    for side in (3, 2):
-        if frames.shape[side] != size:
+def scaled(frames: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Scale frames `[T, 3, h, w]` bilinearly, each pixel an integer mean of those it covers.
+
+    Args:
+        frames: uint8.
+        size: pixels of each side, or (height, width).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    for side, length in ((3, width), (2, height)):
+        if frames.shape[side] != length:
             parts = torch.split(frames, chunk_of(frames))
-            frames = torch.cat([_scaled_along(part, side, size) for part in parts])
+            frames = torch.cat([_scaled_along(part, side, length) for part in parts])
     return frames
 
 

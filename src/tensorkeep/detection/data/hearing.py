@@ -20,9 +20,8 @@ _NO_PICTURE = re.compile("[Hh]eader packet")  # of the second of two joined reco
 _AFTER_SEEKING = re.compile(r"mmco|co located|reference frames|[Rr]eference picture|Frame num|short term|Missing ref")
 _ERROR = 16  # FFmpeg's AV_LOG_ERROR; below it is worse
 _lock = threading.Lock()
-_inside: list[
-    tuple[int | None, bool]
-] = []  # level and whether repetitions are left out, of before, one for each listener
+# level and whether repetitions are left out, of before, one for each listener
+_inside: list[tuple[int | None, bool]] = []
 
 
 class Heard(NamedTuple):

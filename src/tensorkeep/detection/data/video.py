@@ -11,7 +11,6 @@ drifts away from the pictures. Needs PyAV (`pip install tensorkeep[detection]`);
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,14 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from tensorkeep.detection.data.clip_memory import clip_memory
 from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
+from tensorkeep.detection.data.device_augment import scaled
 from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
 from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.torchcodec_frames import Pictures, choose_pictures, decode_pictures
 from tensorkeep.errors import TensorkeepError
 
 Broken = Literal["error", "keep"]
@@ -347,19 +347,18 @@ def _runs(table: FrameTable, indices: NDArray[np.int64]) -> list[tuple[int, list
 
 
 def _torchcodec_frames(path: str | Path, wanted: NDArray[np.int64], size: Size, threads: int) -> Tensor:
-    """Decode frames with torchcodec: uint8 `[T, 3, H, W]`."""
-    try:
-        decoders = importlib.import_module("torchcodec.decoders")
-    except (ImportError, RuntimeError, OSError) as error:  # it fails in each of these ways where FFmpeg does not fit
-        hint = "pip install torchcodec, and FFmpeg's shared libraries; or leave the decoder at pyav"
-        raise TensorkeepError(f"torchcodec cannot be used: {str(error).splitlines()[0]}", hint=hint) from error
-    try:
-        reader = decoders.VideoDecoder(str(path), dimension_order="NCHW", num_ffmpeg_threads=threads)
-        frames: Tensor = reader.get_frames_at(indices=wanted.tolist()).data  # [T, 3, H, W]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise TensorkeepError(f"torchcodec cannot decode it: {error}", where=path, hint=MEND) from error
-    shape = fitted(frames.shape[2], frames.shape[3], size)
-    return frames if shape == frames.shape[2:] else F.interpolate(frames, shape, mode="bilinear", antialias=True)
+    """Decode frames with torchcodec on the CPU: uint8 `[T, 3, H, W]`."""
+    table = frame_table(path)
+    if table.counted or not len(wanted) or not 0 <= wanted.min() <= wanted.max() < len(table.pts):
+        what = f"torchcodec cannot find its frames {wanted.tolist()[:4]}: it has {len(table.pts)}"
+        what += ", and its times are of no use" if table.counted else ""
+        raise TensorkeepError(what, where=path, hint="leave the decoder at pyav")
+    with opened(path) as (container, stream):
+        frame, number = next(container.decode(stream)), stream.index
+    shown = _target(frame, None)
+    pictures = Pictures(str(path), number, table.time_base, shown, *choose_pictures(table.pts, table.key_pts, wanted))
+    goal = fitted(*shown, size)
+    return decode_pictures(pictures, torch.device("cpu"), lambda frames: scaled(frames, goal).contiguous(), threads)
 
 
 def _target(frame: Any, size: Size) -> tuple[int, int]:

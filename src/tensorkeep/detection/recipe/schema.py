@@ -97,6 +97,8 @@ class DataConfig:
         augment: Of training frames, its `size` being crop_size; null: as test frames.
         broken: What a file that cannot be decoded does (see `tensorkeep.detection.data.clips`); `fatal` is another word
             for `error`, the one that `predict` and `features` have.
+        decode: Where the frames of training videos are decoded: `cpu` in the processes that load data, `gpu` by the
+            decoder engines of the GPU that trains, through torchcodec; colours then differ by rounding.
         feature_layout: Axes of the stored array, time and channels.
         feature_channels: First and one-past-last channel used; null: all.
         feature_rows: Of the files of a video in several folders: `equal` refuses files of different length, `resized`
@@ -125,6 +127,7 @@ class DataConfig:
     crop_size: int = 160
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     broken: Literal["error", "skip", "keep", "fatal"] = "error"
+    decode: Literal["cpu", "gpu"] = "cpu"
     feature_layout: Literal["tc", "ct"] = "tc"
     feature_channels: tuple[int, int] | None = None
     feature_rows: Literal["equal", "resized"] = "equal"
@@ -141,6 +144,8 @@ class DataConfig:
             raise TensorkeepError(what, where="data: folder")
         if self.broken == "fatal":
             object.__setattr__(self, "broken", "error")
+        if self.decode == "gpu":
+            self._check_decode()
         for name in ("window_size", "feature_stride", "sample_stride", "scale_factor", "crop_size"):
             if getattr(self, name) < 1:
                 raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="data")
@@ -165,6 +170,13 @@ class DataConfig:
                 f"scale_factor frames lie evenly in a grid step: take feature_stride {self.scale_factor}, or a multiple"
             )
             raise TensorkeepError(f"{what} {self.scale_factor}", where="data", hint=hint)
+
+    def _check_decode(self) -> None:
+        if self.inputs != "video":
+            raise TensorkeepError("features are not decoded", where="data.decode", hint="decode: cpu")
+        if self.broken == "skip":
+            what = "a sample is left out before its batch is made, and frames decoded on a GPU come after that"
+            raise TensorkeepError(what, where="data.broken", hint="broken: keep, or error; or decode: cpu")
 
 
 @dataclass(frozen=True)
