@@ -250,6 +250,25 @@ def test_features_of_several_folders_are_put_side_by_side(tmp_path: Path) -> Non
     assert data.train.subset == ("training", "more") and data.test.subset == "validation"
 
 
+def test_lists_of_channels_are_a_convolution_of_its_own_for_each_file(tmp_path: Path) -> None:
+    """What several trained models predict together is lost: a recipe is one run."""
+    lists = "projection=dict(in_channels=[1024, 1408], out_channels=[192, 320])"
+    made = child(tmp_path, f"model = dict({lists})", str(CONFIGS / "features.py"))
+    projection = made.recipe.model.projection
+    assert (projection.in_channels, projection.channels) == (2432, 512)
+    assert projection.per_file == ((1024, 192), (1408, 320)) and not made.lost
+    fused = "inference = dict(load_from_raw_predictions=True, fuse_list=['a', 'b'])"
+    made = child(tmp_path, fused, str(CONFIGS / "features.py"))
+    assert [(row.path, row.value) for row in made.lost] == [("inference.fuse_list", ["a", "b"])]
+    for odd in (
+        "[1024], out_channels=[192, 320]",
+        "[1024, 1408], out_channels=512",
+        "[1024, '9'], out_channels=[1, 2]",
+    ):
+        with pytest.raises(TensorkeepError, match="not one number each, nor one for each feature file"):
+            child(tmp_path, f"model = dict(projection=dict(in_channels={odd}))", str(CONFIGS / "features.py"))
+
+
 def test_features_of_whole_videos_are_carried_over() -> None:
     imported = import_config(CONFIGS / "features.py")
     data, recipe = imported.recipe.data, imported.recipe

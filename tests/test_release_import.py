@@ -91,13 +91,27 @@ def test_tridets_config_is_one_too(tmp_path: Path) -> None:
     Detector(replace(made.model, backbone=None))
 
 
+def test_each_of_several_feature_files_is_projected_on_its_own(tmp_path: Path) -> None:
+    folders, wide = ["slowfast", "omnivore", "egovlp"], {"embd_dim": [4, 8, 4], "fpn_dim": 16, "head_dim": 16}
+    document = changed(dataset={"input_dim": [9, 6, 1], "feat_folder": folders, "file_ext": ".npz"}, model=wide)
+    found = imported(tmp_path, document)
+    projection = found.recipe.model.projection
+    assert (projection.in_channels, projection.channels) == (16, 16) and found.recipe.data.train.folders == tuple(
+        folders
+    )
+    assert projection.per_file == ((9, 4), (6, 8), (1, 4)) and Detector(found.recipe.model)
+    assert {row.path for row in found.lost} == {"test_cfg.duration_thresh", "test_cfg.pre_nms_topk"}
+    with pytest.raises(TensorkeepError, match="TriDet has no convolution of its own"):
+        imported(tmp_path, {**document, "model": {**document["model"], **SGP}})
+
+
 @pytest.mark.parametrize(
     "changes, what",
     [
         ({"model": {"fpn_type": "fpn"}}, "fpn_type 'fpn' is not one that is built here"),
         ({"model": {"use_rel_pe": True}}, "use_rel_pe True"),
         ({"model": {**SGP, "use_trident_head": False}}, "use_trident_head False"),
-        ({"dataset": {"input_dim": [16, 16]}}, "a projection of its own for each feature file"),
+        ({"dataset": {"input_dim": [16, 16]}}, r"in_channels \[16, 16\] and out_channels \d+ are not one number each"),
         ({"opt": {"type": "SGD"}}, "type 'SGD'"),
         ({"val_split": ["training", "validation"]}, "scored on one subset"),
         ({"model": {"n_mha_win_size": [3, 3]}}, "windows has 2 entries"),

@@ -251,7 +251,7 @@ def test_no_feature_file_runs_code_or_lies_about_its_size(tmp_path):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-40])
     np.save(tmp_path / "flat.npy", FEATURES[0])
     np.save(tmp_path / "text.npy", np.array(["a", "b"]))
-    np.save(tmp_path / "wide.npy", FEATURES.T)
+    np.save(tmp_path / "wide.npy", FEATURES[:, :5])
     torch.save({"a": torch.zeros(4, 6), "b": torch.zeros(4, 6)}, tmp_path / "two.pt")
     for name in ("pickle.npy", "pickle.pt", "cut.npy", "flat.npy", "text.npy", "wide.npy", "two.pt", "absent.npy"):
         for call in (count_features, read_features):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tensorkeep.detection.data.annotations import number_segments, parse_annotations, read_class_map
-from tensorkeep.detection.data.features import SUFFIXES
+from tensorkeep.detection.data.feature_files import SUFFIXES
 from tensorkeep.detection.data.finding import find_files, find_videos
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
 from tensorkeep.errors import TensorkeepError

@@ -134,8 +134,57 @@ def test_lists_that_mean_nothing_are_refused(tmp_path: Path, part: str, key: str
         detection_recipe(made)
 
 
+def per_file(made: dict[str, Any], *pairs: list[int]) -> dict[str, Any]:
+    """The same recipe with a convolution of its own for each file."""
+    made["model"]["projection"]["per_file"] = list(pairs)
+    return made
+
+
+def test_each_file_has_a_convolution_of_its_own_and_its_own_place(tmp_path: Path) -> None:
+    made = per_file(recipe_document(tmp_path), [5, 10], [3, 6])
+    recipe = detection_recipe(made)
+    assert check(recipe).lost == 0
+    runs.trained(recipe, tmp_path / "run")
+    told: list[str] = []
+    for part in ("train", "test"):
+        made["data"][part]["folder"].reverse()
+    with pytest.raises(TensorkeepError, match=r"flow/v2\.npy: its shape is \(24, 3\): neither axis has the 5 channels"):
+        check(detection_recipe(made), told.append)
+    for number in range(5):
+        both = [np.load(tmp_path / name / f"v{number}.npy") for name in ("rgb", "flow")]
+        (tmp_path / "all").mkdir(exist_ok=True)
+        np.savez(tmp_path / "all" / f"v{number}.npz", np.concatenate(both, 1))
+    for part in ("train", "test"):
+        made["data"][part]["folder"] = str(tmp_path / "all")
+    assert check(detection_recipe(made)).videos == 4
+    for part in ("train", "test"):
+        made["data"][part]["folder"] = [str(tmp_path / "all")] * 3
+    with pytest.raises(TensorkeepError, match=r"3 folders of features, model\.projection\.per_file has 2"):
+        check(detection_recipe(made))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (([5, 10], [4, 6]), r"5 \+ 4 of per_file are 9, in_channels is 8"),
+        (([5, 10], [3, 7]), r"10 \+ 7 of per_file are 17, channels is 16"),
+        (([9, 10], [-1, 6]), "in_channels is 8"),
+        (([5, 10, 1],), "per_file"),
+    ],
+)
+def test_widths_that_do_not_add_up_are_refused(tmp_path: Path, pairs: Any, said: str) -> None:
+    with pytest.raises(TensorkeepError, match=said):
+        detection_recipe(per_file(recipe_document(tmp_path), *pairs))
+
+
 def test_videos_come_from_one_folder(tmp_path: Path) -> None:
     made = recipe_document(tmp_path)
     made["data"]["inputs"] = "video"
     with pytest.raises(TensorkeepError, match="several folders are for features"):
+        detection_recipe(made)
+
+
+def test_frames_have_no_files_to_project(tmp_path: Path) -> None:
+    made = per_file(runs.document(tmp_path), [32, 16])
+    with pytest.raises(TensorkeepError, match="per_file is for feature files"):
         detection_recipe(made)

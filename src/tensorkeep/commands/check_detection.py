@@ -14,8 +14,9 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
     Annotations against files (missing, cut short, other durations), against the class map, and against the grid: which
     actions no point of the pyramid can learn (in frames instead of seconds, swapped, past the end, shorter than a step,
     longer than a window), and how many points of each level an epoch is expected to teach. `train detection` does the
-    same at its start. The pretrained weights that the recipe names are held against its backbone, by names and shapes;
-    a frozen backbone without any is told of. Exit code 1 where something is odd.
+    same at its start. Feature files are read whole: their axes, NaN and infinity. The pretrained weights that the
+    recipe names are held against its backbone, by names and shapes; a frozen backbone without any is told of. Exit code
+    1 where something is odd.
 
     Parameters
     ----------

@@ -16,11 +16,12 @@ from tensorkeep.detection.data.annotations import Annotations, read_annotations
 from tensorkeep.detection.data.clips import Clips, most_segments
 from tensorkeep.detection.data.device_augment import augment_batch
 from tensorkeep.detection.data.device_decode import decoded_ahead, require_decoder
+from tensorkeep.detection.data.feature_checks import check_features
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import kept_of
-from tensorkeep.detection.recipe_data import evaluation_of, read_classes, read_clips
+from tensorkeep.detection.recipe_data import PARTS, evaluation_of, read_classes, read_clips, tell
 from tensorkeep.detection.start import make_detector
 from tensorkeep.output import Output
 from tensorkeep.quantization.modules import check_ranks
@@ -162,9 +163,10 @@ def check(
     classes = read_classes(recipe)
     if unusable := unusable_annotations(*_asked(recipe), classes):
         return Checked(unusable, 0, 0, 0, ())
-    read_clips(lenient, "test", classes, remark, progress)
-    clips = read_clips(lenient, "train", classes, remark, progress)
-    return check_training(clips, *_asked(recipe), classes, recipe.model.head)
+    parts = [read_clips(lenient, part, classes, remark, progress, None) for part in PARTS]
+    for part, clips in zip(PARTS, parts, strict=True):
+        tell(list(check_features(clips, progress)), part, remark)
+    return check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
 
 
 def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from tensorkeep.detection.data.annotations import Annotations, read_annotations,
 from tensorkeep.detection.data.clips import Clips, make_clips
 from tensorkeep.detection.data.item import Item, frame_lengths
 from tensorkeep.detection.data.items import find_items
+from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
 from tensorkeep.detection.inference import MeanAveragePrecision, Selection
 from tensorkeep.detection.recipe.schema import DataConfig, DetectionRecipe, SplitConfig
@@ -28,6 +29,7 @@ from tensorkeep.training.distributed import World
 
 Remark = Callable[[str], None]
 Part = Literal["train", "test"]
+PARTS: tuple[Part, ...] = ("test", "train")
 WINDOWS = 4  # of one video in a forward of an evaluation: nothing that a start may change, so that figures stay
 
 
@@ -67,21 +69,34 @@ def read_clips(
     classes: Sequence[str],
     remark: Remark = lambda _: None,
     progress: Progress = lambda what, done, total: None,
+    most: int | None = 5,
 ) -> Clips:
-    """The training or the test data of a recipe; what is odd about its files goes to `remark`."""
+    """The training or the test data of a recipe; what is odd about its files goes to `remark`, `most` of it."""
     data = recipe.data
     split: SplitConfig = getattr(data, part)
     reader = _reader_of(recipe, part)
     annotations = _without(read_annotations(split.annotations), split.blocked)
     how: dict[str, Any] = {"pattern": data.file_pattern, "grid": data.grid, "progress": progress}
     items, problems = find_items(annotations, split.subsets, split.folders, reader, classes, **how)
-    for problem in problems[:5]:
-        remark(f"{part}: {problem.video}: {problem.message}")
-    if len(problems) > 5:
-        remark(f"{part}: {len(problems) - 5} more findings of this kind: see check_annotations")
+    tell(problems, part, remark, most)
     items = [_adjusted(item, data, part) for item in items]
     steps = max(item.steps for item in items)
     return make_clips(items, window_of(data, part, steps), reader)
+
+
+def tell(problems: Sequence[Problem], part: str, remark: Remark, most: int | None = None) -> None:
+    """Say what is odd about the files of a part of the data, a line each.
+
+    Args:
+        problems: what was found.
+        part: of the data, which begins each line.
+        remark: gets the lines.
+        most: how many are told, of more their number; None: all.
+    """
+    for problem in problems[:most]:
+        remark(f"{part}: {f'{problem.video}: ' if problem.video else ''}{problem.message}")
+    if most is not None and len(problems) > most:
+        remark(f"{part}: {len(problems) - most} more findings of this kind: tensorkeep check detection RECIPE")
 
 
 def _without(annotations: Annotations, blocked: str | None) -> Annotations:
@@ -113,8 +128,14 @@ def _reader_of(recipe: DetectionRecipe, part: Part) -> VideoReader | FeatureRead
     if data.feature_channels is not None:
         what = "a part of the stored channels cannot be read"
         raise TensorkeepError(what, where="data.feature_channels", hint="store that part as files of its own")
-    channels, resized = recipe.model.projection.in_channels, data.feature_rows == "resized"
-    return FeatureReader(channels, data.feature_layout == "ct", broken, resized)
+    projection, first, resized = recipe.model.projection, data.feature_layout == "ct", data.feature_rows == "resized"
+    folders = getattr(data, part).folders
+    widths = tuple(taken for taken, _ in getattr(projection, "per_file", ())) if len(folders) > 1 else ()
+    if widths and len(widths) != len(folders):
+        what = f"{len(folders)} folders of features, model.projection.per_file has {len(widths)}"
+        hint = "one folder for each, in its order, or one folder whose files have all channels"
+        raise TensorkeepError(what, where=f"data.{part}.folder", hint=hint)
+    return FeatureReader(projection.in_channels, first, broken, resized, widths, data.feature_key)
 
 
 def window_of(data: DataConfig, part: Part, steps: int = 0) -> WindowConfig:

@@ -19,8 +19,8 @@ def all_cases(seeds: int) -> Iterator[Section]:
 
 
 def small_cases() -> Iterator[Section]:
-    """One form of each kind that is new beside ActionFormer, as small as it can be, for files that are kept."""
-    for kind, at in (("tridet", 0), ("tridet", 1), ("temporalmaxer", 3), ("causaltad", 1)):
+    """Forms of each kind that is new beside ActionFormer, as small as they can be, for files that are kept."""
+    for kind, at in (("tridet", 0), ("tridet", 1), ("temporalmaxer", 3), ("temporalmaxer", 5), ("causaltad", 1)):
         change = {**VARIANTS[kind][at], "channels": 16, "length": 32}
         case = _case(f"{kind}_{at}", kind, change, random.Random(at), at + 1)
         case["model"]["projection"]["arch"] = [1, 0 if kind == "temporalmaxer" else 1, 2]
@@ -39,6 +39,9 @@ def _case(name: str, kind: str, change: Section, draw: random.Random, seed: int)
         "norm_cfg": {"type": "LN"},
         "arch": [2, 0 if kind == "temporalmaxer" else draw.choice([1, 2]), levels - 1],
     }
+    if "files" in change:
+        wide = channels * 5 // 8
+        projection |= {"in_channels": change["files"], "out_channels": [wide, channels - wide]}
     loss = {"cls_loss": {"type": "FocalLoss"}, "reg_loss": {"type": "DIOULoss"}}
     head: Section = {
         "num_classes": 4,
@@ -115,7 +118,11 @@ KINDS = {
 }
 GROUPED = {"norm_cfg": {"type": "GN", "num_groups": 4, "affine": False}}
 VARIANTS: dict[str, list[Section]] = {
-    "actionformer": [{}, {"neck": {"norm_cfg": {"type": "GN", "num_groups": 8}}}],
+    "actionformer": [
+        {},
+        {"neck": {"norm_cfg": {"type": "GN", "num_groups": 8}}},
+        {"files": [6, 5], "projection": {"use_abs_pe": True}},
+    ],
     "tridet": [
         {},
         {"rpn_head": {"num_classes": 1, "label_smoothing": 0.1, "kernel_size": 5, "boundary_kernel_size": 1}},
@@ -139,11 +146,13 @@ VARIANTS: dict[str, list[Section]] = {
             }
         },
         {"rpn_head": {"num_classes": 1}},
+        {"length": 41, "files": [3, 7]},
     ],
     "causaltad": [
         {},
         {"length": 37, "projection": {"channel_expand": 1}},
         {"length": 67, "levels": 4, "projection": {"use_abs_pe": True, "max_seq_len": 72}},
         {"projection": {"drop_path_rate": 0.0}, "rpn_head": {"filter_similar_gt": False, "loss_weight": 2.0}},
+        {"length": 43, "files": [5, 3]},
     ],
 }

@@ -122,7 +122,9 @@ def inputs(case):
     # one of each is repeated with another class, and one nearly
     for b in range(2):
         segments[b][1], segments[b][2] = segments[b][0], segments[b][0] + 4e-4
-    features = torch.randn(2, case["model"]["projection"]["in_channels"], length, generator=generator) * mask[:, None]
+    channels = case["model"]["projection"]["in_channels"]
+    channels = sum(channels) if isinstance(channels, list) else channels
+    features = torch.randn(2, channels, length, generator=generator) * mask[:, None]
     return features, mask, segments, [y.int() for y in labels]
 
 

@@ -19,7 +19,7 @@ KNOWN = re.compile(
     r"|(bert|roberta|distilbert|vit|videomae|deit|dinov2|clip|t5|encoder|decoder|embeddings)\.(embeddings|encoder|layer|block|\w+)\."
 )
 # tensors and modules of `tensorkeep.detection`
-PROJECTION = r"projection\.(embed|stem|branch)\.\d+\b"
+PROJECTION = r"projection\.(proj|embed|stem|branch)\.\d+\b"
 HEAD_PARTS = r"((cls(_start|_end)?_convs|reg_convs|scale)\.\d+|cls(_start|_end)?_head|reg_head|loss_normalizer)\b"
 DETECTOR = re.compile(
     r"backbone\.(pos_embed|cls_token|patch_embed\.proj|fc_norm|norm\.(weight|bias)"

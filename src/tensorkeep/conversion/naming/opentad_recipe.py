@@ -29,6 +29,7 @@ _ACTIVITYNET: dict[str, Any] = {
 
 # dimensions of what must be there to read anything off
 _NEEDED = {"projection.embed.0.conv.weight": 3, "head.cls_head.weight": 3, "head.cls_head.bias": 1}
+_FILE_CONV = re.compile(r"projection\.proj\.(\d{1,4})\.conv\.weight")
 _NEEDED_OF_BACKBONE = {"backbone.patch_embed.proj.weight": 5, "backbone.blocks.0.mlp.fc1.weight": 2}
 
 
@@ -42,7 +43,12 @@ def readable(shapes: Shapes) -> bool:
         Whether `read_off` finds what it needs.
     """
     has_backbone = any(name.startswith("backbone.") for name in shapes)
-    needed = {**_NEEDED, **(_NEEDED_OF_BACKBONE if has_backbone else {}), **_needed_of(kind_of(shapes), shapes)}
+    needed = {
+        **_NEEDED,
+        **{name: 3 for name in shapes if _FILE_CONV.fullmatch(name)},
+        **(_NEEDED_OF_BACKBONE if has_backbone else {}),
+        **_needed_of(kind_of(shapes), shapes),
+    }
     return all(len(shapes.get(name, ())) == sides for name, sides in needed.items())
 
 
@@ -130,12 +136,20 @@ def kind_of(shapes: Shapes) -> str:
 def _embedding(shapes: Shapes) -> dict[str, Any]:
     """Return what every projection has of these shapes."""
     channels, in_channels, kernel = shapes["projection.embed.0.conv.weight"]
+    files = [[shape[1], shape[0]] for name, shape in sorted(shapes.items(), key=_number) if _FILE_CONV.fullmatch(name)]
     return {
-        "in_channels": in_channels,
+        "in_channels": sum(width for width, _ in files) or in_channels,
+        **({"per_file": files} if files else {}),
         "channels": channels,
         "embed_layers": _count(shapes, r"projection\.embed\.(\d+)\."),
         "kernel_size": kernel,
     }
+
+
+def _number(item: tuple[str, tuple[int, ...]]) -> int:
+    """Return the number in the name of one of the convolutions of feature files; else 0."""
+    match = _FILE_CONV.fullmatch(item[0])
+    return int(match[1]) if match else 0
 
 
 def _blocks(shapes: Shapes) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from tensorkeep.detection.data.asking import Asked, ask
 from tensorkeep.detection.data.augment import augment, centre_crop, draw_augmentation
 from tensorkeep.detection.data.device_augment import Uncut, cut_out
+from tensorkeep.detection.data.feature_files import file_of
 from tensorkeep.detection.data.features import read_side_by_side
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem, done
@@ -143,6 +144,7 @@ class Clips:
         Paths and thread numbers do not count: the data may move.
         """
         settings = {**asdict(self.reader), "threads": None, "kind": type(self.reader).__name__}
+        settings = {k: v for k, v in settings.items() if v or k not in ("widths", "key")}  # runs before them had none
         rows = [_row(item) for item in self.items]
         text = json.dumps([asdict(self.window), settings, rows, self.places], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(text.encode())
@@ -188,7 +190,7 @@ def _ends(paths: Sequence[str | Path]) -> str:
     """Return a digest of the size and both ends of files; whoever reads one that cannot be read says so."""
     state = xxhash.xxh3_128()
     for path in paths:
-        with contextlib.suppress(OSError), Path(path).open("rb") as file:
+        with contextlib.suppress(OSError), file_of(path).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             state.update(size.to_bytes(8, "little") + file.read(_END))
             file.seek(max(size - _END, 0))
@@ -297,8 +299,7 @@ def _read(
     length = config.window_size
     if isinstance(reader, FeatureReader):
         rows = None if cut is None else (cut.first, cut.last + 1)
-        paths, first = (item.path, *item.beside), reader.channels_first
-        features = read_side_by_side(paths, reader.channels, item.steps, rows, channels_first=first)
+        features = read_side_by_side((item.path, *item.beside), reader.channels, item.steps, rows, **reader.stored)
         if cut is None:
             return linear_resize(features, length)
         return F.pad(features, (0, length - features.shape[1]))

@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from tensorkeep.detection.data.features import SUFFIXES
+from tensorkeep.detection.data.feature_files import SUFFIXES
+from tensorkeep.detection.data.hdf5 import CONTAINERS, find_members
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES, refuse_address
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import absent, explained
@@ -21,7 +22,7 @@ def find_files(
     """Find the file of each video.
 
     Args:
-        folder: where they lie, or in folders below it.
+        folder: where they lie, or in folders below it; of features, or an HDF5 file that has those of each by name.
         names: of the videos; one with slashes lies in that folder below.
         pattern: what a file is called, `{video}` standing for the name; without an ending, or where no file has the
             one it gives, any of `suffixes` will do.
@@ -35,10 +36,13 @@ def find_files(
     """
     refuse_address(folder)
     folder = Path(folder)
+    if folder.suffix.lower() in CONTAINERS and CONTAINERS[0] in suffixes and not folder.is_dir():
+        return _in_one_file(folder, names, pattern)
     with explained(folder):
         next(folder.iterdir(), None)
     below: dict[str, list[Path]] | None = None
     there: dict[Path, list[Path]] = {}
+    strangers: dict[Path, dict[str, str]] = {}
     found: dict[str, Path] = {}
     lacking: dict[str, str] = {}
     for name in names:
@@ -64,7 +68,29 @@ def find_files(
             lacking[name] = f"{len(fitting)} files could be {stem}: {shown}; file_pattern can say more of the name"
         else:
             lacking[name] = f"no {wanted}, nor {last} with another ending, in the folder or below it"
+            if CONTAINERS[0] in suffixes and (strange := _strange(folder / stem, strangers)):
+                lacking[name] = f"{strange} is there, which is not read: features are {', '.join(suffixes)}"
     return found, lacking
+
+
+def _in_one_file(file: Path, names: Iterable[str], pattern: str) -> tuple[dict[str, Path], dict[str, str]]:
+    """Find the features of each video in an HDF5 file, under its name as the pattern spells it, without an ending."""
+    stems = {name: _split(pattern.replace("{video}", name))[0] for name in names}
+    members, first = find_members(file, stems.values())
+    lacking = {
+        name: f"no {stem} in {file.name}, which has {', '.join(first)}, ...; file_pattern says how a name is spelt"
+        for name, stem in stems.items()
+        if stem not in members
+    }
+    return {name: members[stem] for name, stem in stems.items() if stem in members}, lacking
+
+
+def _strange(stem: Path, known: dict[Path, dict[str, str]]) -> str:
+    """Return the name of a file beside, of this stem and of an ending that is not read; "" where there is none."""
+    if stem.parent not in known:
+        there = stem.parent.iterdir() if stem.parent.is_dir() else ()
+        known[stem.parent] = {path.stem: path.name for path in there if path.is_file()}
+    return known[stem.parent].get(stem.name, "")
 
 
 def find_videos(places: Sequence[str | Path]) -> dict[str, Path]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
-from tensorkeep.detection.data.features import SUFFIXES, count_side_by_side
+from tensorkeep.detection.data.feature_files import SUFFIXES, file_of
+from tensorkeep.detection.data.features import look_side_by_side
 from tensorkeep.detection.data.finding import find_files
 from tensorkeep.detection.data.item import Item
 from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
@@ -19,6 +20,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import Progress
 
 Grid = Literal["time", "opentad"]
+_AXES = ("[time, channels]", "[channels, time]")
 
 
 def find_items(
@@ -37,8 +39,8 @@ def find_items(
     Args:
         annotations: the ground truth.
         subset: name of the subset, or of several.
-        folder: holds one file for each video, there or in folders below; of several, each holds one feature file for
-            each video, and their channels are put side by side.
+        folder: holds one file for each video, there or in folders below, or is an HDF5 file with the features of each;
+            of several, each holds one feature file for each video, and their channels are put side by side.
         reader: with `broken="error"` a missing, unreadable, damaged or truncated file is an error; with "skip" such
             files are left out; with "keep" damaged and truncated ones stay. Each of them is a problem, which says so.
         classes: class names in label order; None: those of the annotations.
@@ -63,16 +65,22 @@ def find_items(
     folders = [folder] if isinstance(folder, str | Path) else list(folder)
     suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
     files, lacking = _files_of(folders, [video.name for video in videos], pattern, suffixes)
-    items, problems = [], []
+    items, problems = list[Item](), list[Problem]()
+    against: dict[str, bool | None] = {}
     for done, video in enumerate(videos):
         progress("look", done, len(videos))
         if video.name in lacking:
             problems.append(Problem("error", "no file", video.name, lacking[video.name]))
             continue
-        found, odd = _item_of(video, files[video.name], reader, classes, grid)
+        if isinstance(reader, FeatureReader):
+            found, odd = _features_of(video, files[video.name], reader, classes, against)
+        else:
+            found, odd = _item_of(video, files[video.name][0], reader, classes, grid)
         problems += odd
-        if found is not None:
-            items.append(found)
+        items += [] if found is None else [found]
+    if isinstance(reader, FeatureReader):
+        items, odd = _of_one_layout(items, reader, against)
+        problems += odd
     _refuse(items, problems, reader, ", ".join(map(str, folders)), subsets)
     return items, problems
 
@@ -93,7 +101,9 @@ def _refuse(
         raise TensorkeepError(f"{what}{more}", where=where, hint=hint)
     if not items:
         named = ", ".join(map(repr, subsets))
-        raise TensorkeepError(f"none of the videos of subset {named} can be read", where=where)
+        told = f": {errors[0].video}: {errors[0].message}" if errors else ""
+        told += f"; and {len(errors) - 1} more" if len(errors) > 1 else ""
+        raise TensorkeepError(f"none of the videos of subset {named} can be read{told}", where=where)
 
 
 def _files_of(
@@ -108,26 +118,58 @@ def _files_of(
     return {name: [files[name] for files, _ in found] for name in names if name not in lacking}, lacking
 
 
+def _features_of(
+    video: Video,
+    paths: Sequence[Path],
+    reader: FeatureReader,
+    classes: Sequence[str],
+    against: dict[str, bool | None],
+) -> tuple[Item | None, list[Problem]]:
+    """Check the feature files of one video; no item where they cannot be used. `against`: see `Looked`."""
+    segments, labels = number_segments(video, classes)
+    frames, duration = video.frames or 0, video.duration or 0.0
+    try:
+        looked = look_side_by_side(paths, reader.channels, resized=reader.resized, **reader.stored)
+    except TensorkeepError as error:
+        return None, [Problem("error", "unreadable features", video.name, error.line)]
+    if not frames and duration and video.fps:
+        frames = round(duration * video.fps)
+    if not frames or not duration:
+        message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
+        return None, [Problem("error", "no duration", video.name, message)]
+    against[video.name] = looked.against
+    size, beside = sum(file_of(each).stat().st_size for each in paths), tuple(str(each) for each in paths[1:])
+    made = Item(video.name, str(paths[0]), frames, duration, size, looked.steps, segments, labels, beside=beside)
+    return made, []
+
+
+def _of_one_layout(
+    items: list[Item], reader: FeatureReader, against: dict[str, bool | None]
+) -> tuple[list[Item], list[Problem]]:
+    """Tell of files whose axes are not those of the recipe; leave out those whose axes could then be either."""
+    said, other = ("[channels, time]", "[time, channels]") if reader.channels_first else _AXES
+    found = [item for item in items if against[item.name]]
+    if not found:
+        return items, []
+    key = "feature_layout: tc" if reader.channels_first else "feature_layout: ct"
+    message = (
+        f"{len(found)} of {len(items)} videos have features {other}, the first {found[0].path}; the recipe says "
+        f"{said}. They are read as what they are: {key} in data says so"
+    )
+    problems = [Problem("warning", "axes", None, message)]
+    for item in items:
+        if against[item.name] is None:
+            what = f"{item.path}: both axes have {reader.channels} entries, and other files are {other}, not {said}"
+            problems.append(Problem("error", "axes", item.name, f"{what}: data.feature_layout decides"))
+    return [item for item in items if against[item.name] is not None], problems
+
+
 def _item_of(
-    video: Video, paths: Sequence[Path], reader: VideoReader | FeatureReader, classes: Sequence[str], grid: Grid
+    video: Video, path: Path, reader: VideoReader, classes: Sequence[str], grid: Grid
 ) -> tuple[Item | None, list[Problem]]:
     """Check the file of one video; no item where it cannot be used."""
     segments, labels = number_segments(video, classes)
-    path, size = paths[0], sum(each.stat().st_size for each in paths)
-    frames, duration = video.frames or 0, video.duration or 0.0
-    if isinstance(reader, FeatureReader):
-        try:
-            first = reader.channels_first
-            steps = count_side_by_side(paths, reader.channels, channels_first=first, resized=reader.resized)
-        except TensorkeepError as error:
-            return None, [Problem("error", "unreadable features", video.name, error.line)]
-        if not frames and duration and video.fps:
-            frames = round(duration * video.fps)
-        if not frames or not duration:
-            message = "features need the annotation's 'duration' and 'frame' (or 'fps')"
-            return None, [Problem("error", "no duration", video.name, message)]
-        beside = tuple(str(each) for each in paths[1:])
-        return Item(video.name, str(path), frames, duration, size, steps, segments, labels, beside=beside), []
+    size, frames, duration = path.stat().st_size, video.frames or 0, video.duration or 0.0
     problems = check_video(path, video)
     unusable = any(p.kind == "unreadable video" for p in problems)
     faulty = any(p.kind in UNUSABLE for p in problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tensorkeep.detection.data.augment import AugmentConfig
 
@@ -68,12 +68,21 @@ class FeatureReader:
 
     Attributes:
         channels: C.
-        channels_first: whether files hold `[C, T]` instead of `[T, C]`.
+        channels_first: whether files hold `[C, T]` instead of `[T, C]`, where both axes have C entries.
         broken: as in `VideoReader`.
         resized: whether files of one video that differ in length are stretched to the longest.
+        widths: channels of each of the files of one video; empty: only their sum is known.
+        key: name of the array in a file that holds several; None: the only one, or `feats`.
     """
 
     channels: int
     channels_first: bool = False
     broken: Broken = "error"
     resized: bool = False
+    widths: tuple[int, ...] = ()
+    key: str | None = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """How files hold features, as `features` takes it by name."""
+        return {"channels_first": self.channels_first, "widths": self.widths, "key": self.key}

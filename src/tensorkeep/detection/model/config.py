@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tensorkeep.detection.model import kinds
+from tensorkeep.detection.model.projection_checks import check_per_file, check_windows
 from tensorkeep.errors import TensorkeepError, near_misses
 
 Checkpointing = Literal["none", "blocks", "attention", "segments", "two_level", "offload", "reversible"]
@@ -165,14 +166,14 @@ class ProjectionConfig:
         branch_layers: blocks that each halve the length.
         kernel_size: of the convolutions before the blocks.
         heads: of the attention.
-        windows: attention window of each level in its own steps, stem first (odd; 1 or less: global); a single number
-            serves every level.
+        windows: attention window of each level in its own steps, stem first (odd; 1 or less: global); one serves all.
         drop_path: rate of stochastic depth.
         layer_scale: whether each residual branch has a per-channel scale that starts at 1e-4.
         input_dropout: rate on whole channels of the features.
         proj_dropout: rate inside the blocks.
         positions: whether a fixed position table is added.
         max_length: grid steps that inputs are padded to, and of the position table.
+        per_file: for each feature file its channels, and those a convolution of its own makes of them; empty: none.
     """
 
     in_channels: int = 384
@@ -189,14 +190,14 @@ class ProjectionConfig:
     proj_dropout: float = 0.0
     positions: bool = False
     max_length: int = 768
+    per_file: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        check_per_file(self.per_file, self.in_channels, self.channels)
         if self.channels % self.heads:
             what = f"channels {self.channels} is not a multiple of heads {self.heads}"
             raise TensorkeepError(what, where="projection")
-        if len(self.windows) not in (1, 1 + self.branch_layers):
-            what = f"windows has {len(self.windows)} entries, the pyramid {1 + self.branch_layers} levels"
-            raise TensorkeepError(what, where="projection", hint="give one window, or one for each level")
+        check_windows(self.windows, self.branch_layers)
 
     @property
     def level_windows(self) -> tuple[int, ...]:

@@ -125,6 +125,21 @@ class ConvModule(nn.Module):
         return F.relu(x) * keep  # [B, C', T]
 
 
+class FileConv(nn.Module):
+    """Convolution of width 1 of one file's channels, then the mask."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, channels, 1)
+        assert self.conv.bias is not None
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Return `[B, C', T]` for `x [B, C, T]` and `mask [B, T]`, zero where invalid."""
+        out: Tensor = self.conv(x)  # [B, C', T]
+        return out * mask[:, None].to(out.dtype)
+
+
 class ScaledPath(nn.Module):
     """A residual branch's per-channel scale (from 1e-4, or none) and stochastic depth."""
 

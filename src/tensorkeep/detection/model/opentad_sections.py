@@ -34,6 +34,30 @@ def expect(section: Section, key: str, known: tuple[Any, ...], where: str) -> No
         raise TensorkeepError(f"{key} {value!r} is not one that is built here", where=where, hint=hint)
 
 
+def file_widths(section: Section, where: str) -> dict[str, Any]:
+    """Translate the channels of a `projection` dict, which are lists where each feature file is projected on its own.
+
+    Args:
+        section: the dict.
+        where: what the error names.
+
+    Returns:
+        `in_channels` and `channels`, and of lists `per_file`.
+
+    Raises:
+        TensorkeepError: They are no numbers, nor lists of them of one length.
+    """
+    taken, made = section["in_channels"], section["out_channels"]
+    if isinstance(taken, int) and isinstance(made, int):
+        return {"in_channels": taken, "channels": made}
+    both = (taken, made)
+    whole = all(isinstance(n, int) for each in both if isinstance(each, list | tuple) for n in each)
+    if not whole or not all(isinstance(each, list | tuple) for each in both) or len(taken) != len(made):
+        what = f"in_channels {taken} and out_channels {made} are not one number each, nor one for each feature file"
+        raise TensorkeepError(what, where=where)
+    return {"in_channels": sum(taken), "channels": sum(made), "per_file": tuple(zip(taken, made))}
+
+
 def head_config(section: Section, types: tuple[str, ...]) -> HeadConfig:
     """Translate the `rpn_head` dict of a model.
 

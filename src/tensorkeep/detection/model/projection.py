@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tensorkeep.detection.model._positions import sinusoid_table
 from tensorkeep.detection.model.config import ProjectionConfig
-from tensorkeep.detection.model.layers import ConvModule, ScaledPath, channel_norm, halve_mask
+from tensorkeep.detection.model.layers import ConvModule, FileConv, ScaledPath, channel_norm, halve_mask
 from tensorkeep.detection.model.resize import linear_resize
 
 
@@ -158,6 +159,36 @@ def embedding(in_channels: int, channels: int, layers: int, kernel_size: int) ->
     return nn.ModuleList(ConvModule(width, channels, kernel_size) for width in widths)
 
 
+def file_convs(per_file: Sequence[tuple[int, int]]) -> nn.ModuleList:
+    """Make the convolutions that each feature file has of its own; none where `per_file` is empty.
+
+    Args:
+        per_file: for each file its channels, and those made of them.
+
+    Returns:
+        What `join_files` takes.
+    """
+    return nn.ModuleList(FileConv(taken, made) for taken, made in per_file)
+
+
+def join_files(x: Tensor, mask: Tensor, convs: nn.ModuleList, per_file: Sequence[tuple[int, int]]) -> Tensor:
+    """Put each file's channels through its own convolution, and what it makes side by side.
+
+    Args:
+        x: `[B, C_in, T]`, the channels of the files one after the other.
+        mask: `[B, T]`, True where valid.
+        convs: of the files; with none `x` stays as it is.
+        per_file: for each file its channels, and those made of them.
+
+    Returns:
+        `[B, C, T]`.
+    """
+    if len(convs) == 0:
+        return x
+    parts = torch.split(x, [taken for taken, _ in per_file], 1)
+    return torch.cat([conv(part, mask) for conv, part in zip(convs, parts, strict=True)], 1)
+
+
 def pyramid(x: Tensor, mask: Tensor, stem: nn.ModuleList, branch: nn.ModuleList) -> tuple[list[Tensor], list[Tensor]]:
     """Run blocks at full length, then those that halve it each.
 
@@ -194,7 +225,9 @@ class Projection(nn.Module):
         super().__init__()
         self.config = config
         channels, windows = config.channels, config.level_windows
-        self.embed = embedding(config.in_channels, channels, config.embed_layers, config.kernel_size)
+        self.proj = file_convs(config.per_file)  # its name, and its place before the others, are those of OpenTAD's
+        width = channels if config.per_file else config.in_channels
+        self.embed = embedding(width, channels, config.embed_layers, config.kernel_size)
         self.stem = nn.ModuleList(TransformerBlock(config, 1, windows[0]) for _ in range(config.stem_layers))
         self.branch = nn.ModuleList(TransformerBlock(config, 2, window) for window in windows[1:])
         for module in self.modules():
@@ -209,6 +242,7 @@ class Projection(nn.Module):
             mask: `[B, T]`, True where valid.
         """
         config = self.config
+        x = join_files(x, mask, self.proj, config.per_file)
         x = F.dropout1d(x, config.input_dropout, self.training)
         for layer in self.embed:
             x = layer(x, mask)  # [B, C, T]

@@ -199,7 +199,7 @@ def _load_features(step: Section, found: Found) -> None:
     """Read how a feature file is called."""
     ending = dict.get(step, "feat_format", "npy")
     endings = list(ending) if isinstance(ending, list | tuple) else [ending]
-    if endings and set(endings) <= {"npy", "pt"}:
+    if endings and set(endings) <= {"npy", "npz", "pt", "pkl", "csv"}:
         step.seen.add("feat_format")
     ending = endings[0] if endings else "npy"  # a file with another ending is found where there is none of this
     found["file_pattern"] = f"{step.get('prefix', '')}{{video}}{step.get('suffix', '')}.{ending}"

@@ -235,6 +235,11 @@ def _recipe(config: Section, lost: list[Setting]) -> DetectionRecipe:
         evaluate_from=workflow.get("val_start_epoch", 0),
         log_every=workflow.get("logging_interval", 50),
     )
+    if dict.get(dict.get(config, "inference", Section()), "load_from_raw_predictions", False):
+        fused = config["inference"]
+        why = "what several runs predict is averaged there; here one run is trained and scored"
+        where, value = fused.lines.get("fuse_list", ""), fused.get("fuse_list", fused["load_from_raw_predictions"])
+        lost.append(Setting("inference.fuse_list", where, value, why))
     if workflow["val_eval_interval"] < 1:
         lost.append(Setting("workflow.val_eval_interval", "", workflow["val_eval_interval"], "evaluation is never off"))
     return DetectionRecipe(

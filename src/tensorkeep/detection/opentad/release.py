@@ -13,7 +13,7 @@ from typing import Any
 from tensorkeep.detection.model.config import DetectorConfig, HeadConfig, ProjectionConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
 from tensorkeep.detection.model.kinds import tridet
-from tensorkeep.detection.model.opentad_sections import expect, extended
+from tensorkeep.detection.model.opentad_sections import expect, extended, file_widths
 from tensorkeep.detection.opentad._config_file import Setting, unread
 from tensorkeep.detection.opentad._literals import Section
 from tensorkeep.detection.opentad.recipe import Imported
@@ -266,11 +266,9 @@ def _model(config: Section) -> DetectorConfig:
         "use_rel_pe": False,
     }.items():
         expect(model, key, (value,), "model")
-    if not isinstance(data["input_dim"], int):
-        what = "a projection of its own for each feature file is not built here"
-        raise TensorkeepError(what, where="dataset.input_dim")
-    if model["fpn_dim"] != model["embd_dim"]:
-        raise TensorkeepError(f"fpn_dim {model['fpn_dim']} is not embd_dim {model['embd_dim']}", where="model")
+    widths = file_widths({"in_channels": data["input_dim"], "out_channels": model["embd_dim"]}, "dataset.input_dim")
+    if model["fpn_dim"] != widths["channels"]:
+        raise TensorkeepError(f"fpn_dim {model['fpn_dim']} is not embd_dim {widths['channels']}", where="model")
     embed, stem, branch = model["backbone_arch"]
     ranges = tuple((low, high) for low, high in model["regression_range"])
     head = HeadConfig(
@@ -286,8 +284,7 @@ def _model(config: Section) -> DetectorConfig:
         loss_weight=train["loss_weight"],
     )
     shape = {
-        "in_channels": data["input_dim"],
-        "channels": model["embd_dim"],
+        **widths,
         "embed_layers": embed,
         "stem_layers": stem,
         "branch_layers": branch,
@@ -297,6 +294,9 @@ def _model(config: Section) -> DetectorConfig:
         "max_length": data["max_seq_len"],
     }
     if "n_sgp_win_size" in model:
+        if "per_file" in shape:
+            what = "TriDet has no convolution of its own for each feature file"
+            raise TensorkeepError(what, where="dataset.input_dim", hint="one number: their sum")
         return _tridet(model, shape, head)
     expect(model, "head_kernel_size", (3,), "model")
     return DetectorConfig(
@@ -348,8 +348,8 @@ def _differences(config: Section) -> Iterator[Setting]:
     if data["num_classes"] > 1:
         why = "there so many candidates of each level, here of all levels together"
         yield Setting("test_cfg.pre_nms_topk", "", dict.get(test, "pre_nms_topk"), why)
-    if data["file_ext"] not in (".npy", ".pt"):
-        why = "is not read here: store the array of each file as .npy"
+    if data["file_ext"] not in (".npy", ".npz", ".pt"):
+        why = "such files are not read here (torch tensors that pickle wrote): store one array of each as .npy"
         yield Setting("dataset.file_ext", "", data["file_ext"], why)
     if data["force_upsampling"]:
         data.seen.add("num_frames")

@@ -36,8 +36,8 @@ Range = tuple[float, float]
 class SplitConfig:
     """One part of the data: the videos of `subset` in the file `annotations`, found in `folder`.
 
-    `subset` of the training part may be a list. `folder` may be a list where `inputs` is `features`: the channels of a
-    video's files, one in each folder, are put side by side in this order (see `feature_rows`).
+    `subset` of the training part may be a list. `folder` may be an HDF5 file where `inputs` is `features`, or a list of
+    both: the channels of a video's files, one in each folder, are put side by side in this order (see `feature_rows`).
     `blocked`: videos to leave out, a JSON list or one name a line (null: none).
     """
 
@@ -99,7 +99,9 @@ class DataConfig:
             for `error`, the one that `predict` and `features` have.
         decode: Where the frames of training videos are decoded: `cpu` in the processes that load data, `gpu` by the
             decoder engines of the GPU that trains, through torchcodec; colours then differ by rounding.
-        feature_layout: Axes of the stored array, time and channels.
+        feature_layout: Axes of the stored array, time and channels, where both are as long as `in_channels`; else the
+            axis that is so long has the channels.
+        feature_key: Name of the array in files that hold several; null: the only one, or `feats`.
         feature_channels: First and one-past-last channel used; null: all.
         feature_rows: Of the files of a video in several folders: `equal` refuses files of different length, `resized`
             stretches the shorter ones to the longest, linear in time, as OpenTAD does.
@@ -129,6 +131,7 @@ class DataConfig:
     broken: Literal["error", "skip", "keep", "fatal"] = "error"
     decode: Literal["cpu", "gpu"] = "cpu"
     feature_layout: Literal["tc", "ct"] = "tc"
+    feature_key: str | None = None
     feature_channels: tuple[int, int] | None = None
     feature_rows: Literal["equal", "resized"] = "equal"
 
@@ -326,6 +329,9 @@ class DetectionRecipe:
             if self.training.quantize_backbone or self.training.pretrained:
                 raise TensorkeepError("there is no backbone to load or to quantize", where="training")
             return
+        if getattr(self.model.projection, "per_file", ()):
+            hint = "leave it out, or model.backbone and data.inputs: features"
+            raise TensorkeepError("per_file is for feature files", where="model.projection", hint=hint)
         backbone_module(backbone.kind)
         if backbone.output_length != data.window_size:
             what = f"model.backbone.output_length {backbone.output_length} is not data.window_size {data.window_size}"

@@ -8,9 +8,8 @@ from typing import Any
 from tensorkeep.detection.model.config import DetectorConfig, ProjectionConfig
 from tensorkeep.detection.model.head import Head
 from tensorkeep.detection.model.layers import halve_mask as halve_mask
-from tensorkeep.detection.model.opentad_sections import expect, head_config, neck_config
+from tensorkeep.detection.model.opentad_sections import expect, file_widths, head_config, neck_config
 from tensorkeep.detection.model.projection import Projection
-from tensorkeep.errors import TensorkeepError
 
 Config = DetectorConfig
 OPENTAD = "ActionFormer"
@@ -41,16 +40,12 @@ def _projection(section: Mapping[str, Any]) -> ProjectionConfig:
     where = "model.projection"
     expect(section, "type", ("Conv1DTransformerProj",), where)
     expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
-    if not isinstance(section["in_channels"], int):
-        what = "a projection of its own for each feature file is not built here"
-        raise TensorkeepError(what, where=f"{where}.in_channels")
     attention, convolution = section["attn_cfg"], section["conv_cfg"]
     window = attention["n_mha_win_size"]
     embed, stem, branch = section.get("arch", (2, 2, 5))
     rate = section.get("path_pdrop", 0.0)
     return ProjectionConfig(
-        in_channels=section["in_channels"],
-        channels=section["out_channels"],
+        **file_widths(section, where),
         embed_layers=embed,
         stem_layers=stem,
         branch_layers=branch,

@@ -22,8 +22,9 @@ from tensorkeep.detection.model.config import DetectorConfig
 from tensorkeep.detection.model.head import Head
 from tensorkeep.detection.model.layers import ScaledPath
 from tensorkeep.detection.model.layers import pool_mask as halve_mask
-from tensorkeep.detection.model.opentad_sections import expect, head_config, neck_config
-from tensorkeep.detection.model.projection import add_positions, embedding, halve_max, pyramid
+from tensorkeep.detection.model.opentad_sections import expect, file_widths, head_config, neck_config
+from tensorkeep.detection.model.projection import add_positions, embedding, file_convs, halve_max, join_files, pyramid
+from tensorkeep.detection.model.projection_checks import check_per_file
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "VideoMambaSuite"
@@ -50,6 +51,7 @@ class CausalConfig:
         input_dropout: rate on whole channels of the features.
         positions: steps of the fixed position table that is added; null: none.
         max_length: grid steps that shorter inputs are padded to; null: they stay as they are.
+        per_file: for each feature file its channels, and those a convolution of its own makes of them; empty: none.
     """
 
     in_channels: int = 2048
@@ -65,8 +67,10 @@ class CausalConfig:
     input_dropout: float = 0.0
     positions: int | None = None
     max_length: int | None = None
+    per_file: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        check_per_file(self.per_file, self.in_channels, self.channels)
         if self.expand < 1 or self.channels * self.expand % self.heads:
             what = f"{self.channels} channels times expand {self.expand} are not a multiple of heads {self.heads}"
             raise TensorkeepError(what, where="projection")
@@ -265,13 +269,16 @@ class CausalProjection(nn.Module):
     def __init__(self, config: CausalConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = embedding(config.in_channels, config.channels, config.embed_layers, config.kernel_size)
+        self.proj = file_convs(config.per_file)
+        width = config.channels if config.per_file else config.in_channels
+        self.embed = embedding(width, config.channels, config.embed_layers, config.kernel_size)
         self.stem = nn.ModuleList(CausalBlock(config, 1) for _ in range(config.stem_layers))
         self.branch = nn.ModuleList(CausalBlock(config, 2) for _ in range(config.branch_layers))
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return features `[B, C, T_l]` and masks `[B, T_l]` of each level, of `x [B, C_in, T]` and `mask [B, T]`."""
         config = self.config
+        x = join_files(x, mask, self.proj, config.per_file)
         x = F.dropout1d(x, config.input_dropout, self.training)
         for layer in self.embed:
             x = layer(x, mask)  # [B, C, T]
@@ -296,14 +303,10 @@ def from_opentad(model: Mapping[str, Any]) -> Config:
     where = "model.projection"
     expect(section, "type", ("CausalProj",), where)
     expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
-    if not isinstance(section["in_channels"], int):
-        what = "a projection of its own for each feature file is not built here"
-        raise TensorkeepError(what, where=f"{where}.in_channels")
     embed, stem, branch = section.get("arch", (2, 2, 5))
     table = section.get("max_seq_len", 2304)
     projection = CausalConfig(
-        in_channels=section["in_channels"],
-        channels=section["out_channels"],
+        **file_widths(section, where),
         embed_layers=embed,
         stem_layers=stem,
         branch_layers=branch,

@@ -19,8 +19,9 @@ from tensorkeep.detection.model.config import DetectorConfig, HeadConfig
 from tensorkeep.detection.model.head import Head, Predictions
 from tensorkeep.detection.model.layers import pool_mask as halve_mask
 from tensorkeep.detection.model.losses import focal_loss
-from tensorkeep.detection.model.opentad_sections import expect, extended, head_config, neck_config
-from tensorkeep.detection.model.projection import embedding, halve_max
+from tensorkeep.detection.model.opentad_sections import expect, extended, file_widths, head_config, neck_config
+from tensorkeep.detection.model.projection import embedding, file_convs, halve_max, join_files
+from tensorkeep.detection.model.projection_checks import check_per_file
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "TemporalMaxer"
@@ -38,6 +39,7 @@ class MaxerConfig:
         kernel_size: of the convolutions.
         input_dropout: rate on whole channels of the features.
         max_length: grid steps that shorter inputs are padded to; null: they stay as they are.
+        per_file: for each feature file its channels, and those a convolution of its own makes of them; empty: none.
     """
 
     in_channels: int = 2048
@@ -47,6 +49,10 @@ class MaxerConfig:
     kernel_size: int = 3
     input_dropout: float = 0.0
     max_length: int | None = None
+    per_file: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_per_file(self.per_file, self.in_channels, self.channels)
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,13 @@ class MaxerProjection(nn.Module):
     def __init__(self, config: MaxerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = embedding(config.in_channels, config.channels, config.embed_layers, config.kernel_size)
+        self.proj = file_convs(config.per_file)
+        width = config.channels if config.per_file else config.in_channels
+        self.embed = embedding(width, config.channels, config.embed_layers, config.kernel_size)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return features `[B, C, T_l]` and masks `[B, T_l]` of each level, of `x [B, C_in, T]` and `mask [B, T]`."""
+        x = join_files(x, mask, self.proj, self.config.per_file)
         x = F.dropout1d(x, self.config.input_dropout, self.training)
         for layer in self.embed:
             x = layer(x, mask)  # [B, C, T]
@@ -185,13 +194,9 @@ def from_opentad(model: Mapping[str, Any]) -> Config:
     where = "model.projection"
     expect(section, "type", ("TemporalMaxerProj",), where)
     expect(section.get("norm_cfg") or {"type": None}, "type", ("LN",), f"{where}.norm_cfg")
-    if not isinstance(section["in_channels"], int):
-        what = "a projection of its own for each feature file is not built here"
-        raise TensorkeepError(what, where=f"{where}.in_channels")
     embed, _, branch = section.get("arch", (2, 0, 5))
     projection = MaxerConfig(
-        in_channels=section["in_channels"],
-        channels=section["out_channels"],
+        **file_widths(section, where),
         embed_layers=embed,
         branch_layers=branch,
         kernel_size=section["conv_cfg"]["kernel_size"],

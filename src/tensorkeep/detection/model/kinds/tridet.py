@@ -23,6 +23,7 @@ from tensorkeep.detection.model.layers import halve_mask as halve_mask
 from tensorkeep.detection.model.losses import diou_loss, focal_loss, giou_loss, smooth_targets
 from tensorkeep.detection.model.opentad_sections import expect, extended, head_config, neck_config
 from tensorkeep.detection.model.projection import add_positions, embedding, halve_max, pyramid
+from tensorkeep.detection.model.projection_checks import check_windows
 from tensorkeep.errors import TensorkeepError
 
 OPENTAD = "TriDet"
@@ -69,9 +70,7 @@ class SgpConfig:
     input_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.windows) not in (1, 1 + self.branch_layers):
-            what = f"windows has {len(self.windows)} entries, the pyramid {1 + self.branch_layers} levels"
-            raise TensorkeepError(what, where="projection", hint="give one window, or one for each level")
+        check_windows(self.windows, self.branch_layers)
         if even := [window for window in self.windows if window < 1 or window % 2 == 0]:
             raise TensorkeepError(f"window {even[0]} is not odd", where="projection.windows")
         if self.channels % 16:
