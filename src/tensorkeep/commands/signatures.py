@@ -114,6 +114,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         "signed_by": by,
         "parts": compared.parts,
         "not_covered": model.beside if stored is not None else [],
+        "not_in_config": model.not_in_config if stored is not None else [],
         "left_out": dict(Counter(model.left_out.values())),
         "derivation": made,
         "findings": [f.to_json() for f in findings],
@@ -221,6 +222,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
         out.line(f"{count} tensors of it do not count: {why}")
     if told["parts"].get("config") == "fields":
         out.line("config: made of this file's metadata; the fields that both have were compared")
+    if told["not_in_config"]:
+        out.line(f"metadata that no config has, so not compared: {', '.join(told['not_in_config'][:8])}")
     if told["derivation"] is not None:
         for line in told["derivation"]["said"]:
             out.line(line)

@@ -202,28 +202,30 @@ def _material(signature: bytes, where: object) -> dict[str, Any]:
 
 
 def _expiry(material: dict[str, Any], where: object) -> str:
-    """Return the subject of the signer's certificate; refuse one that is not valid today."""
+    """Return the subject of the signer's certificate; refuse a chain of which one is not valid today."""
     import base64
     import binascii
 
     from cryptography import x509
 
     try:
-        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
-        certificate = x509.load_der_x509_certificate(base64.b64decode(raw, validate=True))
-        now = datetime.datetime.now(datetime.timezone.utc)
-        first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        who = certificate.subject.rfc4514_string()
+        raw = [entry["rawBytes"] for entry in material["x509CertificateChain"]["certificates"]]
+        chain = [x509.load_der_x509_certificate(base64.b64decode(one, validate=True)) for one in raw]
+        spans = [(c.not_valid_before_utc, c.not_valid_after_utc, c.subject.rfc4514_string()) for c in chain]
+        who = spans[0][2]
     except (KeyError, IndexError, TypeError, ValueError, binascii.Error) as error:
         raise TensorkeepError(f"holds no certificate: {_short(error)}", where=where, code="F07") from None
-    if not first <= now <= last:
-        what = f"expired on {last.date()}" if now > last else f"is valid from {first.date()} on"
-        raise TensorkeepError(
-            f"cannot be believed: the signer's certificate {what} ({who})",
-            where=where,
-            code="F03",
-            hint="ask its author to sign again",
-        )
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for first, last, subject in spans:
+        if not first <= now <= last:
+            what = f"expired on {last.date()}" if now > last else f"is valid from {first.date()} on"
+            whose = "the signer's certificate" if subject == who else "a certificate of its chain"
+            raise TensorkeepError(
+                f"cannot be believed: {whose} {what} ({subject})",
+                where=where,
+                code="F03",
+                hint="ask its author to sign again",
+            )
     return who
 
 
@@ -305,6 +307,7 @@ def _reason(error: BaseException) -> str:
 _WORDS = {
     "Signature mismatch": "it is a signature of another statement",
     "Key mismatch": "it was signed with another key",
+    "has no attribute 'curve'": "the key is of no elliptic curve: P-256, P-384 and P-521 sign",
     "cert is not valid at validation time": "its certificate was not valid at the time that the log vouches for",
     "candidates exhausted": "its certificate is of no authority that is trusted",
     "inclusionProof\n  Field required": "its log entry has no inclusion proof",
