@@ -60,7 +60,11 @@ class Source:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of a statement."""
-        held = {"role": self.role, "identity": self.model.identity, "of": "adapter" if self.model.adapter else "model"}
+        held: dict[str, Any] = {
+            "role": self.role,
+            "identity": self.model.identity,
+            "of": "adapter" if self.model.adapter else "model",
+        }
         if self.weight != 1.0:
             held["weight"] = repr(self.weight)
         if self.model.files:  # by them a check names what changed of a source that has no statement
