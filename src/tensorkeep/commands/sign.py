@@ -77,12 +77,11 @@ def sign(
     if derivation is None and local:
         derivation = _training(output, checkpoint, model)
     data = state(model, name or Path(checkpoint).resolve().name, derivation)
-    signature = _signed(data, signer)
-    place = write_statement(data, signature, checkpoint, out, overwrite)
+    place = write_statement(data, _signed(data, signer), checkpoint, out, overwrite)
     if say.json:
         output.document({"path": checkpoint, "identity": model.identity, "statement": str(place), "parts": model.parts})
-    held = ", ".join([f"{len(model.leaves)} tensors", *(k.replace("_", " ") for k in model.parts)])
-    output.line(f"{place}: {model.identity} signed ({held})")
+    parts = "".join(f", {k.replace('_', ' ')}" for k in model.parts)
+    output.line(f"{place}: {model.identity} signed ({len(model.leaves)} tensors{parts})")
     return 0
 
 

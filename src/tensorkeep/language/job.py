@@ -65,7 +65,6 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
     model, dpo = start.model, recipe.objective == "dpo"
     refuse_rows(model, recipe.data.length, recipe.data.packing != "none")
     digest = start.digest(world) if recipe.adapter is not None or dpo else None
-    base = None if recipe.adapter is None else start.base(recipe.source, world)
     choose_trainable(model, recipe, world.size > 1, remark)
     if recipe.training.memory is not None or recipe.training.memory_limit_gib is not None:
         hold_frozen(model, recipe.training.precision)
@@ -96,7 +95,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema),
         recipe=kept(recipe),
         read_recipe=kept_of,
-        base=base,
+        base=None if recipe.adapter is None else start.base(recipe.source, world),
         trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
         micro=micro,
     )

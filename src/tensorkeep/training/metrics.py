@@ -70,6 +70,9 @@ def no_rows(path: Path) -> int:
 
     Args:
         path: the file; where it is not there, there are none.
+
+    Returns:
+        How many.
     """
     if not path.exists():
         return 0
