@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.convert import build
-from benchmarks.measure import remember, run, versions
+from benchmarks.measure import Run, remember, run, versions
 from tensorkeep.diagnosis.identity.identify import identify
 from tensorkeep.formats.view import read
 
@@ -49,24 +49,29 @@ def cost(folder: Path, rounds: int) -> None:
     (folder / "files").write_text("\n".join(files) + "\n")
     remember(source)
     remember(dcp)
-    walls: dict[str, list[float]] = {name: [] for name in ways}
-    found = {}
+    found: dict[str, list[Run]] = {name: [] for name in ways}
+    loads = []
     for _ in range(rounds):
         for name, command in ways.items():
-            found[name] = run(command)
-            walls[name].append(found[name].wall)
-    shown = {found[name].out.splitlines()[0] for name in ways if "identify" in name}
+            loads.append(os.getloadavg()[0])
+            found[name].append(run(command))
+    shown = {one.out.splitlines()[0] for name in ways if "identify" in name for one in found[name]}
     assert len(shown) == 1, shown
-    base = statistics.median(walls["sha256sum, file by file"])
+    base, base_cpu = (_medians(found["sha256sum, file by file"], what) for what in ("wall", "cpu"))
     flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     has = "has" if "sha_ni" in flags else "has no"
     cores = len(os.sched_getaffinity(0))
     print(f"{cores} cores, the CPU {has} SHA instructions; hashlib alone on one core {a_core():.2f} GB/s")
-    print("\n| way | wall s | of sha256sum's | CPU s | anonymous MB |\n|---|---|---|---|---|")
-    for name, taken in walls.items():
-        wall = statistics.median(taken)
-        cells = f"{wall:.2f} | {wall / base:.2f} | {found[name].cpu:.2f} | {found[name].anonymous / 1e6:.0f}"
+    print(f"load {min(loads):.1f} to {max(loads):.1f}, medians of {rounds} rounds")
+    print("\n| way | wall s | of sha256sum's | CPU s | of sha256sum's | anonymous MB |\n|---|---|---|---|---|---|")
+    for name, taken in found.items():
+        wall, cpu = _medians(taken, "wall"), _medians(taken, "cpu")
+        cells = f"{wall:.2f} | {wall / base:.2f} | {cpu:.2f} | {cpu / base_cpu:.2f} | {taken[-1].anonymous / 1e6:.0f}"
         print(f"| {name} | {cells} |")
+
+
+def _medians(taken: list[Run], what: str) -> float:
+    return statistics.median(getattr(one, what) for one in taken)
 
 
 def flips(model: Path, folder: Path, count: int) -> None:

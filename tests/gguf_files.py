@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +95,28 @@ def write_model(
 def to_hf(source: Path, out: Path, **options: Any) -> view.StateView:
     conversion.convert(make_plan([view.read(source)], "hf", **options), str(out), "hf")
     return view.read(out)
+
+
+def rewritten(
+    source: Path, out: Path, metadata: Mapping[str, tuple[Any, Any]], tensors: Mapping[str, Any] | None = None
+) -> None:
+    """A GGUF file again, written by llama.cpp's own package, with more or other metadata, and more tensors."""
+    held = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(out, held.fields["general.architecture"].contents())
+    for key, field in held.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture" or key in metadata:
+            continue
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(key, field.contents())
+        else:
+            writer.add_key_value(key, field.contents(), field.types[0])
+    for key, (value, kind) in metadata.items():
+        writer.add_key_value(key, value, kind)
+    for tensor in held.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type, raw_shape=tensor.data.shape)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

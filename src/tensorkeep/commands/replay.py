@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorkeep.commands.shared import Say
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.output import Output
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def replay(run: str, /, *, steps: str, device: str | None = None, say: Say = Say
     why = f" ({', '.join(found.why)})" if found.why else ""
     out.line(
         {
-            "equal": f"equal: steps {first} to {last} of {run}, made again from step {found.start}",
+            "equal": f"equal: steps {first} to {last} of {run}, made again from step {found.start}"
+            f" ({found.compared} comparisons, of {len(found.steps)} steps)",
             "differs": f"differs: {len(found.differing)} of {found.compared} comparisons, first {found.first}",
             "inconclusive": f"inconclusive: {found.first}{why}",
         }[found.verdict]
@@ -56,6 +57,7 @@ class Replayed:
     Attributes:
         start: the step of the checkpoint that they were made from; 0 for the start of the run.
         compared: how many losses, rows and checkpoints were compared.
+        steps: those that something was compared of.
         differing: what differed, each in a sentence.
         lines: what was compared, for people.
         why: what of the machine or the plan is another than it was, so that bits may differ.
@@ -63,6 +65,7 @@ class Replayed:
 
     start: int
     compared: int = 0
+    steps: set[int] = field(default_factory=set)
     differing: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     why: list[str] = field(default_factory=list)
@@ -93,14 +96,17 @@ class Replayed:
             "machine_differs": self.why,
         }
 
-    def note(self, what: str, wrong: str | None) -> None:
+    def note(self, step: int, what: str, wrong: str | None) -> None:
         """Note one comparison.
 
         Args:
+            step: of what was compared.
             what: was compared.
             wrong: how it differs; None where it is equal.
         """
         self.compared += 1
+        self.steps.add(step)
+        what = f"step {step}, {what}"
         self.lines.append(f"{what}: {wrong or 'equal'}")
         if wrong is not None:
             self.differing.append(f"{what}: {wrong}")
@@ -244,17 +250,23 @@ def _compared(folder: Path, again: Path, start: int, first: int, last: int, why:
     rows = {row["step"]: row for row in metrics.rows(again / metrics.METRICS) if "loss" in row}
     for row in metrics.rows(folder / "checkpoints" / metrics.PROOF):
         step, noted = row["step"], row.get("loss")
-        if first <= step <= last and isinstance(noted, str):
+        if first <= step <= last and "loss" in row:
             now = float(rows[step]["loss"]).hex()
-            out.note(f"step {step}, loss of proof.jsonl", None if now == noted else f"was {noted}, is {now}")
+            out.note(step, "loss of proof.jsonl", None if now == noted else f"was {shown(noted)}, is {now}")
     for row in metrics.rows(folder / metrics.METRICS):
         if first <= (step := row["step"]) <= last and "loss" in row:
             odd = [k for k in _COMPARED if k in row and row[k] != rows[step].get(k)]
             wrong = ", ".join(f"{k} was {row[k]!r}, is {rows[step].get(k)!r}" for k in odd)
-            out.note(f"step {step}, row of metrics.jsonl", wrong or None)
+            out.note(step, "row of metrics.jsonl", wrong or None)
     for step in sorted({*saved_steps(folder)} & {*saved_steps(again)}):
         if first <= step <= last:
-            out.note(f"step {step}, checkpoint", _state_differs(folder, again, step))
+            out.note(step, "checkpoint", _state_differs(folder, again, step))
+    for path in (folder / "checkpoints" / metrics.PROOF, folder / metrics.METRICS):
+        if left := metrics.no_rows(path):
+            out.lines.append(f"{path.name}: {left} lines at its end are no rows, so not compared")
+    if out.steps and (bare := [step for step in range(first, last + 1) if step not in out.steps]):
+        named = ", ".join(map(str, bare[:8])) + (", ..." if len(bare) > 8 else "")
+        out.lines.append(f"nothing was noted of {len(bare)} of {last - first + 1} steps: {named}")
     return out
 
 

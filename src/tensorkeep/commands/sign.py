@@ -31,6 +31,7 @@ def sign(
     certificate: Path | None = None,
     chain: Annotated[tuple[Path, ...], Parameter(negative="", show_default=False)] = (),
     sigstore: Flag = False,
+    trust_config: Path | None = None,
     name: str | None = None,
     out: Annotated[Path | None, Parameter(name=["--out", "-o"])] = None,
     config: str | None = None,
@@ -50,6 +51,7 @@ def sign(
         chain: Certificates between it and the authority; may be repeated.
         sigstore: Sign as yourself with Sigstore's public service, which needs a network and a browser, or a CI job's
             own token. What is signed becomes public there.
+        trust_config: Sign with another Sigstore service than the public one: a client trust configuration, JSON.
         name: What the model is called in the statement. Default: its file's or folder's name.
         out: Write the statement here (.json), the signature beside it. Needed where the checkpoint is no local path.
         config: A config.json, or a folder with one, where the checkpoint brings none and it matters.
@@ -59,7 +61,7 @@ def sign(
     from tensorkeep.diagnosis.identity.stored import find_statement, write_statement
 
     output = say.output()
-    signer = signer_of(key, certificate, chain, sigstore)
+    signer = signer_of(key, certificate, chain, sigstore, trust_config)
     if out is not None and out.suffix != ".json":
         raise TensorkeepError("a statement is a .json file", where=out, hint=f"-o {word(out.with_suffix('.json'))}")
     local = "://" not in checkpoint and local_path(checkpoint).exists()
@@ -75,12 +77,11 @@ def sign(
     if derivation is None and local:
         derivation = _training(output, checkpoint, model)
     data = state(model, name or Path(checkpoint).resolve().name, derivation)
-    signature = _signed(data, signer)
-    place = write_statement(data, signature, checkpoint, out, overwrite)
+    place = write_statement(data, _signed(data, signer), checkpoint, out, overwrite)
     if say.json:
         output.document({"path": checkpoint, "identity": model.identity, "statement": str(place), "parts": model.parts})
-    held = ", ".join([f"{len(model.leaves)} tensors", *(k.replace("_", " ") for k in model.parts)])
-    output.line(f"{place}: {model.identity} signed ({held})")
+    parts = "".join(f", {k.replace('_', ' ')}" for k in model.parts)
+    output.line(f"{place}: {model.identity} signed ({len(model.leaves)} tensors{parts})")
     return 0
 
 
@@ -196,7 +197,13 @@ def carry_statement(out: Output, plan: Any, sink: str) -> None:
         out.remark(f"note: the statement beside the source was left behind: {error.line}")
 
 
-def signer_of(key: Path | None, certificate: Path | None, chain: tuple[Path, ...], sigstore: bool) -> Any:
+def signer_of(
+    key: Path | None,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+    sigstore: bool,
+    trust_config: Path | None = None,
+) -> Any:
     """Return who signs; the files must be there before anything is read for them."""
     from tensorkeep.diagnosis.identity.signing import Signer, check_files
 
@@ -207,8 +214,10 @@ def signer_of(key: Path | None, certificate: Path | None, chain: tuple[Path, ...
         )
     if key is None and (certificate is not None or chain):
         raise TensorkeepError("a certificate belongs to a key", where="--certificate", hint="--key KEY.pem")
-    check_files([path for path in (key, certificate, *chain) if path is not None])
-    return Signer(key, os.environ.get(PASSWORD), certificate, chain)
+    if key is not None and trust_config is not None:
+        raise TensorkeepError("is for --sigstore", where="--trust-config", hint="--sigstore --trust-config FILE.json")
+    check_files([path for path in (key, certificate, *chain, trust_config) if path is not None])
+    return Signer(key, os.environ.get(PASSWORD), certificate, chain, trust_config=trust_config)
 
 
 def _signed(data: bytes, signer: Any) -> bytes:

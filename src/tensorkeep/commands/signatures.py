@@ -34,6 +34,8 @@ class Signed:
         identity: Who signed with Sigstore (a mail address, a workflow), with --issuer. Or 64 hex digits: the identity
             that the model must have, whoever signed.
         issuer: Who vouches for a Sigstore identity, e.g. https://accounts.google.com.
+        trust_config: Authorities and logs of another Sigstore service than the public one, for --identity: a client
+            trust configuration, JSON. With it no network is needed.
         statement: The statement, or the folder that it lies in, where it does not lie beside the checkpoint.
         derivation: Check what the statement says the model was made from, and make it again.
         from_: A checkpoint that the model was made from, for --derivation; give all of them.
@@ -43,6 +45,7 @@ class Signed:
     certificate: Several = ()
     identity: str | None = None
     issuer: str | None = None
+    trust_config: Path | None = None
     statement: Path | None = None
     derivation: Flag = False
     from_: Annotated[tuple[str, ...], Parameter(name="--from", negative="", show_default=False)] = ()
@@ -61,8 +64,8 @@ class Signed:
     @property
     def asked(self) -> bool:
         """Whether anything is asked of signatures and identities."""
-        more = (self.statement is not None, self.derivation, self.from_, self.issuer is not None)
-        return self.signer or self.wanted is not None or any(more)
+        more = (self.statement, self.derivation, self.from_, self.issuer, self.trust_config)
+        return self.signer or self.wanted is not None or any(m not in (None, False, ()) for m in more)
 
 
 def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | None) -> int:
@@ -111,6 +114,7 @@ def verify_signed(out: Output, checkpoint: str, asked: Signed, config: str | Non
         "signed_by": by,
         "parts": compared.parts,
         "not_covered": model.beside if stored is not None else [],
+        "not_in_config": model.not_in_config if stored is not None else [],
         "left_out": dict(Counter(model.left_out.values())),
         "derivation": made,
         "findings": [f.to_json() for f in findings],
@@ -132,6 +136,9 @@ def _refuse_half(asked: Signed) -> None:
         raise TensorkeepError("a Sigstore identity needs its issuer", where="--identity", hint=hint)
     if asked.issuer is not None and not trusted[2]:
         raise TensorkeepError("vouches for an identity, and none is given", where="--issuer", hint="--identity WHO")
+    if asked.trust_config is not None and not trusted[2]:
+        hint = "--identity WHO --issuer URL"
+        raise TensorkeepError("is for who signed with Sigstore", where="--trust-config", hint=hint)
     if asked.from_ and not asked.derivation:
         raise TensorkeepError("is for --derivation", where="--from", hint="add --derivation")
 
@@ -146,9 +153,10 @@ def _believed(checkpoint: str, asked: Signed) -> tuple[Any, str | None, Any]:
         if found is None and (asked.wanted is None or asked.derivation):
             raise TensorkeepError("no statement lies beside it", where=checkpoint, code="F05", hint="--statement FILE")
         return found, None, None
-    check_files([path for path in (asked.key, *asked.certificate) if path is not None])
+    check_files([path for path in (asked.key, *asked.certificate, asked.trust_config) if path is not None])
     stored = demanded(checkpoint, asked.statement)
-    trust = Trust(asked.key, asked.certificate, None if asked.wanted else asked.identity, asked.issuer)
+    who = None if asked.wanted else asked.identity
+    trust = Trust(asked.key, asked.certificate, who, asked.issuer, asked.trust_config)
     return stored, check_signature(stored.data, stored.signature or b"", trust, stored.where), trust
 
 
@@ -214,6 +222,8 @@ def _tell(out: Output, checkpoint: str, told: dict[str, Any], findings: list[Fin
         out.line(f"{count} tensors of it do not count: {why}")
     if told["parts"].get("config") == "fields":
         out.line("config: made of this file's metadata; the fields that both have were compared")
+    if told["not_in_config"]:
+        out.line(f"metadata that no config has, so not compared: {', '.join(told['not_in_config'][:8])}")
     if told["derivation"] is not None:
         for line in told["derivation"]["said"]:
             out.line(line)

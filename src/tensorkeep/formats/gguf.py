@@ -21,7 +21,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_header import DAMAGED, MAGIC, Header, TensorInfo, read_gguf_header
 from tensorkeep.formats._gguf_tokenizer import tokenizer_files
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.gguf_config import FACTORS, companions, hf_config
+from tensorkeep.formats.gguf_config import FACTORS, companions, hf_config, not_in_config
 from tensorkeep.formats.gguf_families import LONG, SHORT
 from tensorkeep.formats.gguf_metadata import metadata_of, put_metadata
 from tensorkeep.formats.view import Note, StateView
@@ -273,7 +273,9 @@ def layout(
 def _describe(view: StateView, metadata: dict[str, Any]) -> None:
     """Give the view config, tokenizer and generation config as the files that a Hugging Face folder has."""
     try:
-        view.config = hf_config(metadata, view.records, _factors(view))
+        factors = _factors(view)
+        view.config = hf_config(metadata, view.records, factors)
+        view.metadata["not_in_config"] = not_in_config(metadata, view.records, factors)
         view.companions += companions(view.config)
     except TensorkeepError as error:
         view.notes.append(Note("C03", f"no config was made: {error.what}"))

@@ -32,6 +32,12 @@ _ARCHITECTURES = {
     "phi3": ("phi3", "Phi3ForCausalLM"),
 }
 FACTORS = "rope_freqs.weight"
+_SHAPED = (
+    "vocab_size",
+    "attention.value_length",
+    "attention.key_length",
+    "embedding_length_out",
+)  # shapes say them too
 _MIXTRAL = ("mixtral", "MixtralForCausalLM")  # llama.cpp calls it llama, with experts
 # what llama.cpp's converter assumed for the scaling of Llama 3, whose numbers it does not store
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -126,6 +132,42 @@ def hf_config(
     return config | gemma_config(kind, fields, config)
 
 
+class _Asked(dict[str, Any]):
+    """Metadata that notes which keys were asked for."""
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        super().__init__(metadata)
+        self.keys_asked = set[str]()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return a value, and note its key."""
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a value, and note its key."""
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+
+def not_in_config(
+    metadata: Mapping[str, Any],
+    records: Mapping[str, TensorRecord],
+    factors: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> list[str]:
+    """Return the keys of the architecture that no config is made of: llama.cpp may read them, transformers does not.
+
+    Args:
+        metadata: as of `hf_config`.
+        records: as of `hf_config`.
+        factors: as of `hf_config`.
+    """
+    noted = _Asked(metadata)
+    of = f"{hf_config(noted, records, factors) and metadata['general.architecture']}."
+    told = noted.keys_asked | {f"{of}{key}" for key in _SHAPED}
+    return sorted(key for key in metadata if key.startswith(of) and key not in told)
+
+
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int, hidden: int, head_dim: int, kv_heads: int) -> int:
     """Compare the embedding's and the first query's shape with the metadata; return the size of the vocabulary."""
     fused = "blk.0.attn_qkv.weight" in shapes
@@ -152,6 +194,8 @@ def _rope(fields: Fields, model: str, head_dim: int, factors: Mapping[str, Seque
         raise TensorkeepError(
             f"RoPE turns {rotary} of {head_dim} dimensions, which these model types cannot say", code="C03"
         )
+    if stray := [n for n in (LONG, SHORT) if n in factors]:
+        raise TensorkeepError(f"{stray[0]} holds factors of RoPE that these model types cannot say", code="C03")
     scaling: dict[str, Any] | None = None
     kind = fields.get("rope.scaling.type")
     if kind in ("linear", "yarn"):

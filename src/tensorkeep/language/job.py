@@ -95,7 +95,7 @@ def build(recipe: LanguageRecipe, run: str | Path, world: World | None = None, r
         ema=None if recipe.training.ema is None else Ema(model, recipe.training.ema),
         recipe=kept(recipe),
         read_recipe=kept_of,
-        base=None if recipe.adapter is None else {"digest": digest, "path": recipe.source},
+        base=None if recipe.adapter is None else start.base(recipe.source, world),
         trackers=trackers.named(recipe.training.trackers, run) if world.first else [],
         micro=micro,
     )

@@ -7,6 +7,7 @@ checkpoints can be read, evaluated and converted without the recipe.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tensorkeep.conversion.dequantizing import float_config
 from tensorkeep.conversion.plan import HfTensor
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.diagnosis.identity.demand import demand, split_demand
+from tensorkeep.diagnosis.identity.parts import counted
 from tensorkeep.errors import Inconclusive, TensorkeepError, word
 from tensorkeep.formats.companions import COMPANIONS, Companion, leads_out
 from tensorkeep.formats.view import StateView, read
@@ -33,6 +35,7 @@ from tensorkeep.language.recipe import LanguageRecipe
 from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage import run_folder
+from tensorkeep.storage.canonical_json import canonical
 from tensorkeep.storage.certificate import digest_of_all
 from tensorkeep.storage.files import LocalFolder, explained
 from tensorkeep.storage.placement import replacing, write_bytes
@@ -59,7 +62,7 @@ class StartingModel:
     tokenizer: Any
     view: StateView | None
     tensors: dict[str, HfTensor] | None = None
-    _digest: str | None = None
+    _digests: dict[str, str] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -72,8 +75,8 @@ class StartingModel:
         Args:
             world: all of its ranks must call this, each hashes its part of the tensors; None: this process hashes all.
         """
-        if self.view is None or self._digest is not None:
-            return self._digest
+        if self.view is None or self._digests is not None:
+            return None if self._digests is None else digest_of_all(self._digests)
         world, view, loads = world or World(), self.view, [0] * (world.size if world else 1)
         mine: list[str] = []
         for name in sorted(view, key=lambda n: (-view[n].nbytes, n)):
@@ -81,8 +84,27 @@ class StartingModel:
             loads[rank] += view[name].nbytes
             mine += [name] if rank == world.rank else []
         found = distributed.together(world, lambda: {name: view.digest(name) for name in mine})
-        self._digest = digest_of_all({n: d for theirs in distributed.gathered(world, found) for n, d in theirs.items()})
-        return self._digest
+        self._digests = {n: d for theirs in distributed.gathered(world, found) for n, d in theirs.items()}
+        return digest_of_all(self._digests)
+
+    def base(self, path: str, world: World) -> dict[str, Any]:
+        """Describe the base of an adapter: its digest, and those of its files and config, which name what changed.
+
+        Args:
+            path: as the recipe has it.
+            world: as of `digest`.
+        """
+        made: dict[str, Any] = {"digest": self.digest(world), "path": path}
+        if self.view is None or self._digests is None:
+            return made
+        within: dict[str, dict[str, str]] = {}
+        for name, digest in self._digests.items():
+            for block in self.view[name].blocks:
+                within.setdefault(block.file, {})[name] = digest
+        if self.view.config is not None:
+            said = canonical(counted(self.view.config))
+            made["config"] = hashlib.sha256(said).hexdigest()[:32]
+        return made | {"files": {file: digest_of_all(held) for file, held in sorted(within.items())}}
 
 
 def start_of(

@@ -17,6 +17,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage._lazy_bits import refuse_lazy
 from tensorkeep.storage._likeness import Likeness, likeness
 from tensorkeep.storage._range import Ends, Range
+from tensorkeep.storage._zip_ends import LONGEST, wrong_end
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
@@ -290,11 +291,16 @@ def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str,
             code="F02",
             hint="copy the file again",
         ) from None
+    short = min(length, LONGEST)
+    if (wrong := wrong_end(folder.read(file, start + length - short, short), length)) is not None:
+        raise _damaged_zip(wrong, where)
     out: dict[str, Entry] = {}
+    seen = set[str]()  # torch looks names up whatever their case
     for info in infos:
         name = info.filename.partition("/")[2] or info.filename
-        if name in out:
+        if name.lower() in seen:
             raise _damaged_zip(f"{shown(info.filename)} occurs twice", where)
+        seen.add(name.lower())
         out[name] = _entry(info, folder, file, start, length)
     spans = sorted((e.start, e.start + e.size, n) for n, e in out.items() if e.size)
     for (_, end, first), (begin, _, second) in pairwise(spans):

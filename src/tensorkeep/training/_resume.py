@@ -223,8 +223,14 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     then = state.document
     now = {"seed": loop.seed, "batch": loop.batch, "updates": loop.updates, "data": data}
     parts = [name for name in now if name in then]
-    mine = dict(_flat({name: now[name] for name in parts})) | {"base.digest": (job.base or {}).get("digest")}
-    theirs = dict(_flat({name: then[name] for name in parts})) | {"base.digest": (state.base or {}).get("digest")}
+    known = [
+        key for key in ("config",) if key in (job.base or {}) and key in (state.base or {})
+    ]  # before 0.3: not noted
+    mine, theirs = (
+        dict(_flat({name: held[name] for name in parts}))
+        | {f"base.{k}": (base or {}).get(k) for k in ("digest", *known)}
+        for held, base in ((now, job.base), (then, state.base))
+    )
     if then.get("recipe") is not None:
         stored = _plain(job.read_recipe(then["recipe"]))
         mine, theirs = dict(_flat(_plain(job.recipe))) | mine, dict(_flat(stored)) | theirs
@@ -239,6 +245,8 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     changed = [f"{key} was {shown(before)}, is {shown(after)}" for key, before, after in values if before != after]
     if "data.fingerprint" in fields:
         changed = [*files, *changed]
+    if "base.digest" in fields:
+        changed = [*_files_changed((state.base or {}).get("files"), (job.base or {}).get("files"), "base"), *changed]
     if changed:
         more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
         meant = " --allow ".join(fields) if len(fields) <= 3 else "FIELD"
@@ -262,21 +270,22 @@ def _same(one: Any, other: Any) -> bool:
     return False
 
 
-def _files_changed(then: Any, now: Mapping[str, str]) -> list[str]:
-    """Say which data files are others than at the save; nothing where either side has no digests of files."""
-    if not isinstance(then, Mapping) or not then or not now:
+def _files_changed(then: Any, now: Any, what: str = "data.files") -> list[str]:
+    """Say which files of the data or the base are others than then; nothing where either side knows none."""
+    if not isinstance(then, Mapping) or not isinstance(now, Mapping) or not then or not now:
         return []
+    then = {name: digest for name, digest in then.items() if isinstance(digest, str)}
     if then.get("") != now.get(""):  # the digests of files are taken with it
         return ["data: the tokenizer, or what the recipe says of the data, is another (files were not told apart)"]
     kept = set(then.values())
     lines = [
-        f"data.files: {name} {'has other content' if name in then else 'is new'}"
+        f"{what}: {name} {'has other content' if name in then else 'is new'}"
         for name, digest in now.items()
         if (then[name] != digest if name in then else digest not in kept)
     ]
     here = set(now.values())
-    lines += [f"data.files: {name} is gone" for name in then if name not in now and then[name] not in here]
-    return [*lines[:3], *([f"data.files: {len(lines) - 3} more files"] if len(lines) > 3 else [])]
+    lines += [f"{what}: {name} is gone" for name in then if name not in now and then[name] not in here]
+    return [*lines[:3], *([f"{what}: {len(lines) - 3} more files"] if len(lines) > 3 else [])]
 
 
 def _may_differ(key: str, allow: tuple[str, ...] = ()) -> bool:

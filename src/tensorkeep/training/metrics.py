@@ -65,6 +65,21 @@ def rows(path: Path) -> Iterator[Row]:
         yield row
 
 
+def no_rows(path: Path) -> int:
+    """Count the lines at the end of a file that are no rows; a crash leaves one.
+
+    Args:
+        path: the file; where it is not there, there are none.
+
+    Returns:
+        How many.
+    """
+    if not path.exists():
+        return 0
+    lines = read_small(path, _LARGEST).split(b"\n")
+    return len([line for line in lines if line.strip()]) - len(_lines(path))
+
+
 def comparable(path: Path) -> list[Row]:
     """Read the rows without what was measured of the machine (`seconds`, `memory`): two runs of one course are equal.
 

@@ -12,7 +12,8 @@ What to do
     Resume with the recipe that is stored, or say that the change is meant. Checkpoints of other programs store little
     of their settings; only what they store is compared. `train` names the data files whose bytes are
     others than at the save, where the checkpoint has their digests: text data that is not streamed, and videos or
-    features with their annotations (of a video its size and the first and last 64 KiB), up to 1,000 files.
+    features with their annotations (of a video its size and the first and last 64 KiB), up to 1,000 files. Of the base
+    under a language model's adapter it names the files with other tensors, and another config (`base.config`).
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ from tensorkeep.adapters.planning import open_adapters, plan_merge
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.diagnosis.identity.identify import ModelIdentity, identify
 from tensorkeep.diagnosis.identity.merging import name_as_files
+from tensorkeep.diagnosis.identity.parts import part_of
 from tensorkeep.diagnosis.identity.planned import planned
 from tensorkeep.diagnosis.identity.proofs import digest
 from tensorkeep.diagnosis.identity.signing import Trust, check_signature
-from tensorkeep.diagnosis.identity.statement import Statement
+from tensorkeep.diagnosis.identity.statement import Statement, compare_with
 from tensorkeep.diagnosis.identity.stored import Stored, find_statement
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.formats.view import StateView
@@ -59,9 +60,15 @@ class Source:
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of a statement."""
-        held = {"role": self.role, "identity": self.model.identity, "of": "adapter" if self.model.adapter else "model"}
+        held: dict[str, Any] = {
+            "role": self.role,
+            "identity": self.model.identity,
+            "of": "adapter" if self.model.adapter else "model",
+        }
         if self.weight != 1.0:
             held["weight"] = repr(self.weight)
+        if self.model.files:  # by them a check names what changed of a source that has no statement
+            held |= {"parts": dict(self.model.parts), "files": dict(sorted(self.model.files.items()))}
         return held | ({"statement_sha256": self.stored.hash} if self.stored is not None else {})
 
 
@@ -97,13 +104,21 @@ def source_of(view: StateView, role: str, weight: float = 1.0, progress: Progres
         The source.
 
     Raises:
-        TensorkeepError: as `identify` and `find_statement`; F03 where its statement speaks of another model.
+        TensorkeepError: as `identify` and `find_statement`; F03 where its statement speaks of another model: then the
+            tensors and files that are not the statement's are named.
     """
     model = identify(view, progress)
     stored = find_statement(view.path)
-    if stored is not None and stored.statement.identity != model.identity:
-        what = f"speaks of {stored.statement.identity}, the checkpoint beside it is {model.identity}"
-        raise TensorkeepError(what, where=stored.statement.where, code="F03", hint="sign it again: tensorkeep sign")
+    if stored is not None:
+        wrong = [f for f in compare_with(stored.statement, model, view.config).findings if f.severity == "error"]
+        if wrong or stored.statement.identity != model.identity:
+            what = f"speaks of {stored.statement.identity}, the checkpoint beside it is {model.identity}"
+            if stored.statement.identity == model.identity:
+                what = "speaks of what the checkpoint beside it is not"
+            what += "".join(f"; {f.message}" for f in wrong)
+            names = [name for f in wrong for name in f.tensors]
+            hint = "get it again, or sign it again: tensorkeep sign"
+            raise TensorkeepError(what, where=stored.statement.where, code="F03", hint=hint, tensors=names)
     return Source(view.path, role, view, model, stored, weight)
 
 
@@ -170,6 +185,7 @@ def _check(statement: Statement, chain: _Chain, depth: int) -> None:
     sources = [_link(entry, chain.known, where) for entry in _entries(said, where)]
     for source, entry in zip(sources, _entries(said, where)):
         _check_statement(source, entry, chain.trust, where)
+        _check_parts(source, entry, where)
     if made == "train" and any(source.role == "adapter" for source in sources):
         raise TensorkeepError("says that a training was made from an adapter", where=where, code="F07")
     base = sources[0].model
@@ -262,7 +278,10 @@ def _link(entry: Mapping[str, Any], known: Mapping[str, Source], where: str) -> 
     wanted = digest(entry.get("identity"), "the identity of a source", where).hex()
     role, weight = entry.get("role"), entry.get("weight", "1.0")
     if wanted not in known:
-        what = f"a link is missing: its {shown(role)[1:-1]} {wanted} is none of the {len(known)} checkpoints given"
+        given = "".join(f"; {s.path} is {name[:16]}" for name, s in list(known.items())[:8])
+        what = (
+            f"a link is missing: its {shown(role)[1:-1]} {wanted} is none of the {len(known)} checkpoints given{given}"
+        )
         raise TensorkeepError(what, where=where, code="F05", hint="give every checkpoint of the chain: --from CKPT")
     try:
         number = float(weight)
@@ -288,6 +307,19 @@ def _check_statement(source: Source, entry: Mapping[str, Any], trust: Trust | No
         if source.stored.signature is None:
             raise TensorkeepError("is not signed", where=source.stored.statement.where, code="F05")
         check_signature(source.stored.data, source.stored.signature, trust, source.stored.where)
+
+
+def _check_parts(source: Source, entry: Mapping[str, Any], where: str) -> None:
+    """Compare config, tokenizer and so on of a source with what was recorded, as far as its format has them."""
+    parts, files = ({} if entry.get(k) is None else entry[k] for k in ("parts", "files"))
+    if not isinstance(parts, dict) or not isinstance(files, dict):
+        raise TensorkeepError(f"names no parts of a source: {shown(parts)}, {shown(files)}", where=where, code="F07")
+    odd = [kind for kind, value in source.model.parts.items() if kind in parts and parts[kind] != value]
+    names = [n for n, value in source.model.files.items() if part_of(n) in odd and files.get(n) != value]
+    if odd:
+        what = f"was made from another {' and '.join(odd).replace('_', ' ')} than that of {source.path}"
+        named = f": {', '.join(names)} changed" if names else ""
+        raise TensorkeepError(what + named, where=where, code="F03", hint="get the source again", tensors=names)
 
 
 # -- making it again ---------------------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class Leaf(NamedTuple):
 # index of shards -> the file that is loaded before it
 _INDEXES = {"model.safetensors.index.json": "model.safetensors", "pytorch_model.bin.index.json": "pytorch_model.bin"}
 _OWN = (CERTIFICATE, "identity.json", "identity.sig")  # what is written beside a checkpoint here
+_TOOLS = (".git", ".cache", "__pycache__")  # folders of git, of the Hub's client, and of Python, which no loader reads
 _MOST_CODE = 16 << 20  # bytes of a Python file
 
 
@@ -77,6 +78,7 @@ class ModelIdentity:
         tied: name that shares another's tensor -> that other.
         apart: those of them that the config does not tie: without its own copy such a tensor would be a random one.
         left_out: what does not count, by stored name.
+        not_in_config: keys of a GGUF's metadata that say something of its architecture and no config is made of.
         narrowed: tensors that count in a narrower dtype than their file could store, their values being the same.
         format: of the checkpoint.
         nbytes: of all its tensors that count.
@@ -94,6 +96,7 @@ class ModelIdentity:
     tied: dict[str, str] = field(default_factory=dict)
     apart: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    not_in_config: list[str] = field(default_factory=list)
     narrowed: list[str] = field(default_factory=list)
     format: str = ""
     nbytes: int = 0
@@ -165,7 +168,7 @@ def identify(checkpoint: StateView | str | Path, progress: Progress | None = Non
         together = tied_names(view.config, {*leaves})
         out.apart = {n: e for n, e in tied.items() if together.get(n, n) != e and together.get(e, e) != n}
     out.left_out, out.format, out.adapter = canonical.left_out, view.format, canonical.adapter
-    out.coded = canonical.coded
+    out.coded, out.not_in_config = canonical.coded, list(view.metadata.get("not_in_config", ()))
     out.narrowed = [n for n in out.leaves if out.leaves[n].dtype != canonical.tensors[n].dtype]
     out.nbytes = sum(stored_bytes(leaf.dtype, leaf.shape) for leaf in out.leaves.values())
     return out
@@ -188,9 +191,15 @@ def _names(view: StateView) -> list[str]:
     return names if fits else []
 
 
+def _bare(view: StateView) -> list[str]:
+    """Return the files of a model's own folder that has no config, such as one that it was taken out of."""
+    own = view.format == "hf" and isinstance(view.folder, LocalFolder) and Path(view.path).is_dir()
+    return view.folder.names() if own else []
+
+
 def _beside(view: StateView, files: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return what lies beside a model and is in no hash, and what of it transformers would load in its place."""
-    names = _names(view)
+    names = _names(view) or _bare(view)
     data = {block.file for record in view.records.values() for block in record.blocks}
     ends = {n: Path(single).suffix for n, single in _INDEXES.items() if single not in data}
     index = {n for n, end in ends.items() if any(d.endswith(end) for d in data)}
@@ -208,10 +217,10 @@ def _safe(name: str) -> bool:
 
 def _folders(view: StateView) -> list[str]:
     """Return the folders inside a local folder that a loader may look into: templates and modules lie in some."""
-    if not _names(view) or not isinstance(view.folder, LocalFolder):
+    if not (_names(view) or _bare(view)) or not isinstance(view.folder, LocalFolder):
         return []
     found = (p.name for p in view.folder.path.iterdir() if p.is_dir())
-    return sorted(f"{name}/" for name in found if not name.startswith((".", "__")))
+    return sorted(f"{name}/" for name in found if name not in _TOOLS)
 
 
 def leaf_of(canonical: Canonical, name: str) -> Leaf:

@@ -40,6 +40,7 @@ class Signer:
         certificate: PEM file of the key's certificate; None for none.
         chain: PEM files of the certificates above it.
         token: OIDC token for Sigstore; None to ask in a browser, or take the surrounding job's.
+        trust_config: JSON file of another Sigstore service than the public one; None for that.
     """
 
     key: Path | None = None
@@ -47,6 +48,7 @@ class Signer:
     certificate: Path | None = None
     chain: tuple[Path, ...] = ()
     token: str | None = None
+    trust_config: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,15 @@ class Trust:
         certificates: PEM files of authorities.
         identity: who signed, as Sigstore's certificate says.
         issuer: who vouches for that, a URL.
+        trust_config: JSON file with the authorities and logs of that; None for those of Sigstore's public service,
+            which are asked for over a network.
     """
 
     key: Path | None = None
     certificates: tuple[Path, ...] = ()
     identity: str | None = None
     issuer: str | None = None
+    trust_config: Path | None = None
 
 
 def sign(statement: bytes, signer: Signer) -> bytes:
@@ -77,14 +82,18 @@ def sign(statement: bytes, signer: Signer) -> bytes:
         TensorkeepError: model-signing is not installed, or the key, the certificate or Sigstore refuses.
     """
     config = _module("signing").Config()
-    if signer.key is None:
+    if signer.key is None and signer.trust_config is None:
         _reached("--key KEY.pem signs without a network")
     with _told("cannot be signed", signer.certificate or signer.key), _files(statement) as (place, bundle):
         for path in (signer.key, signer.certificate, *signer.chain):
             if path is not None:
                 read_small(path, LARGEST)
         if signer.key is None:
-            config.use_sigstore_signer(identity_token=signer.token, use_ambient_credentials=signer.token is None)
+            service = _service(signer.trust_config, place)
+            ambient = signer.token is None
+            config.use_sigstore_signer(
+                identity_token=signer.token, use_ambient_credentials=ambient, trust_config=service
+            )
         elif signer.certificate is None:
             config.use_elliptic_key_signer(
                 private_key=signer.key, password=signer.password.encode() if signer.password else None
@@ -140,10 +149,31 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
             if not (trust.identity and trust.issuer):  # to sigstore an empty issuer is any
                 what = "a Sigstore identity needs its issuer: without one anybody's word for it would do"
                 raise TensorkeepError(what, where="--issuer", hint="--issuer https://accounts.google.com, ...")
-            _reached("signatures by --key and --certificate need no network")
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
+            if trust.trust_config is None:
+                _reached("signatures by --key and --certificate need no network, nor do those with a --trust-config")
+            service = _service(trust.trust_config, place)
+            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer, trust_config=service)
         config.verify(place, bundle)
     return who
+
+
+def _service(given: Path | None, place: Path) -> Path | None:
+    """Return a trust configuration that is one, as a file that stays as it was read; None for the public service."""
+    if given is None:
+        return None
+    from sigstore.models import ClientTrustConfig
+
+    data = read_small(given, LARGEST)
+    hint = "a JSON file of the type application/vnd.dev.sigstore.clienttrustconfig.v0.1+json"
+    try:
+        config = ClientTrustConfig.from_json(data.decode())
+        config.trusted_root.get_fulcio_certs()
+    except _errors() as error:
+        what = f"is no trust configuration: {_short(error)}"
+        raise TensorkeepError(what, where=given, code="F07", hint=hint) from None
+    copy = place.with_name("trust.json")
+    copy.write_bytes(data)
+    return copy
 
 
 def _key_hash(path: Path) -> str:
@@ -172,28 +202,30 @@ def _material(signature: bytes, where: object) -> dict[str, Any]:
 
 
 def _expiry(material: dict[str, Any], where: object) -> str:
-    """Return the subject of the signer's certificate; refuse one that is not valid today."""
+    """Return the subject of the signer's certificate; refuse a chain of which one is not valid today."""
     import base64
     import binascii
 
     from cryptography import x509
 
     try:
-        raw = material["x509CertificateChain"]["certificates"][0]["rawBytes"]
-        certificate = x509.load_der_x509_certificate(base64.b64decode(raw, validate=True))
-        now = datetime.datetime.now(datetime.timezone.utc)
-        first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-        who = certificate.subject.rfc4514_string()
+        raw = [entry["rawBytes"] for entry in material["x509CertificateChain"]["certificates"]]
+        chain = [x509.load_der_x509_certificate(base64.b64decode(one, validate=True)) for one in raw]
+        spans = [(c.not_valid_before_utc, c.not_valid_after_utc, c.subject.rfc4514_string()) for c in chain]
+        who = spans[0][2]
     except (KeyError, IndexError, TypeError, ValueError, binascii.Error) as error:
         raise TensorkeepError(f"holds no certificate: {_short(error)}", where=where, code="F07") from None
-    if not first <= now <= last:
-        what = f"expired on {last.date()}" if now > last else f"is valid from {first.date()} on"
-        raise TensorkeepError(
-            f"cannot be believed: the signer's certificate {what} ({who})",
-            where=where,
-            code="F03",
-            hint="ask its author to sign again",
-        )
+    now = datetime.datetime.now(datetime.timezone.utc)
+    for first, last, subject in spans:
+        if not first <= now <= last:
+            what = f"expired on {last.date()}" if now > last else f"is valid from {first.date()} on"
+            whose = "the signer's certificate" if subject == who else "a certificate of its chain"
+            raise TensorkeepError(
+                f"cannot be believed: {whose} {what} ({subject})",
+                where=where,
+                code="F03",
+                hint="ask its author to sign again",
+            )
     return who
 
 
@@ -239,8 +271,13 @@ def _told(what: str, where: object, code: str | None = None) -> Iterator[None]:
             yield
     except TensorkeepError:
         raise
-    except _errors() as error:
+    except Exception as error:
+        if not (isinstance(error, _errors()) or type(error).__module__.split(".")[0] in _THEIRS):
+            raise
         raise TensorkeepError(f"{what}: {_reason(error)}", where=where, code=code) from None
+
+
+_THEIRS = ("sigstore", "id", "rfc3161_client")  # where errors are that have no class in common
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -257,16 +294,29 @@ def _errors() -> tuple[type[BaseException], ...]:
 
 def _reason(error: BaseException) -> str:
     """Say why model-signing refused, in words."""
-    name = type(error).__name__
+    said, name = str(error), type(error).__name__
     if name == "InvalidSignature":
         return "the signature is not this key's over these bytes"
-    if "Signature mismatch" in str(error):
-        return "it is a signature of another statement"
-    if "Key mismatch" in str(error):
-        return "it was signed with another key"
-    if "password" in str(error).lower():
+    if "password" in said.lower():
         return "the key needs its password (TENSORKEEP_KEY_PASSWORD)"
-    return _short(error) or name
+    words = next((words for part, words in _WORDS.items() if part in said), None)
+    return words or _short(error) or name
+
+
+# a part of what model-signing or sigstore says -> what it means
+_WORDS = {
+    "Signature mismatch": "it is a signature of another statement",
+    "Key mismatch": "it was signed with another key",
+    "has no attribute 'curve'": "the key is of no elliptic curve: P-256, P-384 and P-521 sign",
+    "cert is not valid at validation time": "its certificate was not valid at the time that the log vouches for",
+    "candidates exhausted": "its certificate is of no authority that is trusted",
+    "inclusionProof\n  Field required": "its log entry has no inclusion proof",
+    "must contain inclusion proof": "its log entry has no inclusion proof with a signed checkpoint",
+    "inclusion proof contains invalid root hash": "its log entry is not the one that the inclusion proof is of",
+    "checkpoint: ": "no log that is trusted signed the checkpoint of its inclusion proof",
+    "SET: invalid inclusion promise": "no log that is trusted vouches for its log entry at that time",
+    "SCT verify failed": "no log that is trusted holds its certificate",
+}
 
 
 def _short(error: object) -> str:

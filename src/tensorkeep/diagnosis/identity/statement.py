@@ -255,6 +255,9 @@ def _part(
                 what = f"the config that the metadata makes differs: {_spoken(odd)}"
                 return "differs", [Finding("F03", "error", what, sorted(odd))]
             return "fields", []
+        if kind == "generation" and model.format == "hf" and "config" in model.parts:
+            what = "generation_config.json of the statement is not there: transformers makes another of config.json"
+            return "absent", [Finding("F05", "error", what, ["generation_config.json"])]
         return "absent", []
     if kind not in statement.parts:
         what = f"{', '.join(files)}: the statement has no {kind.replace('_', ' ')}"
