@@ -109,7 +109,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
         (["inspect"], "CHECKPOINT is missing", "tensorkeep inspect --help"),
         (["inspect", "/nosuch"], "no such file or folder", "check the path"),
         (["inspect", str(TINY), "--tensors", "*q_prj*"], "no tensor fits", "did you mean q_proj"),
-        (["convert", str(TINY), "out", "--to", "run"], "cannot write 'run'", "hf, dcp, peft, gguf, pth"),
+        (["convert", str(TINY), "out", "--to", "run"], "cannot write the format 'run'", "hf, dcp, peft, gguf, pth"),
         (["convert", str(TINY), "out", "--to", "dcp", "--naming", "torchtian"], "no naming", "did you mean torchtitan"),
         (["convert", str(TINY), "out", "--to", "hf", "--dtype", "bf61"], "no dtype", "did you mean bf16"),
         (["convert", str(TINY), "out", "--to", "hf", "--shard-size", "many"], "not a size", "5GB"),

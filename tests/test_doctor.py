@@ -168,7 +168,8 @@ def test_several_gpus_and_nccl_are_shown(
     monkeypatch.setattr(asked, "PACKAGES", [asked.Package("torch", "torch", "torch", "2.4")])
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "torch is built for CUDA 13.0" in shown and "GPU 1              H200 no 1, 150.0 GB, capability 9.0" in shown
+    assert "torch is built for CUDA 13.0" in shown
+    assert "GPU 1              H200 no 1, 139.7 GiB, capability 9.0" in shown
     assert "direct (peer) access" in shown and "nccl 2.28.9, gloo" in shown
 
 

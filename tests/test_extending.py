@@ -57,7 +57,7 @@ def known_to(run: Run, word: str, commands: dict[str, str]) -> None:
 def test_a_format_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, back = tmp_path / "made", tmp_path / "back"
     code, _, error = run("convert", TINY, made, "--to", "dummy")
-    assert code == 2 and "cannot write 'dummy'" in error
+    assert code == 2 and "cannot write the format 'dummy'" in error
 
     monkeypatch.setitem(FORMATS, "dummy", "tests.extending.dummy_format")
 
@@ -66,7 +66,7 @@ def test_a_format_is_one_file_and_one_line(run: Run, tmp_path: Path, monkeypatch
     assert {"weights.dummy", "weights.json", "config.json", "tensorkeep.json"} <= {p.name for p in made.iterdir()}
     assert "format dummy, naming hf" in run("inspect", made)[1]
     assert "equal: all 20 tensors" in run("diff", TINY, made)[1]
-    assert "every digest is the certificate's" in run("verify", made)[1]
+    assert "every digest matches the certificate" in run("verify", made)[1]
     assert run("diagnose", made, "--reference", TINY)[0] == 0
     assert run("convert", made, back, "--to", "hf")[0] == 0
     assert (back / "model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()

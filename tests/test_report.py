@@ -262,6 +262,7 @@ def test_what_the_commands_print_becomes_pages(tmp_path: Path, capsys: pytest.Ca
         (["merge", model, adapter, out], "<h1>Merge</h1>", "model.layers.*.self_attn.q_proj.weight"),
         (["diff", model, out], "<h1>Comparison</h1>", "4 of 20 tensors differ"),
         (["diagnose", out, "--reference", model], "<h1>Diagnosis</h1>", "tiny-llama"),
+        (["verify", out], "<h1>Verification</h1>", "nothing wrong found"),
     ]
     for words, title, told in commands:
         main([*words, "--json"])

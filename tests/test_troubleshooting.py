@@ -94,7 +94,7 @@ def calling(path: Path) -> Path:
 TROUBLES: list[tuple[str, Callable[[Path], Path], int, str]] = [
     ("The loss starts at 5", lambda p: copied(p, interleaved), 1, "O01"),
     ("`Unexpected key(s) in state_dict: ... weight.absmax", filtered, 1, "Q01"),
-    ("`Missing key(s)`", lambda p: copied(p, lambda t: {f"module.{k}": v for k, v in t.items()}), 0, "undone: K03"),
+    ("`Missing key(s)`", lambda p: copied(p, lambda t: {f"module.{k}": v for k, v in t.items()}), 0, "mended: K03"),
     ("It loads without an error", lambda p: copied(p, interleaved), 1, "same rows in another order"),
     ("LoRA merged twice", merged, 2, "A03"),
     ("The loss is NaN", lambda p: copied(p, with_nan), 1, "V01"),

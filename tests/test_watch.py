@@ -129,7 +129,7 @@ def test_a_terminal_shows_one_line_that_fits_and_ctrl_c_leaves_it_whole(
     _, terminal, code = interrupted
     drawn = [line.partition("\r\n")[0] for line in terminal.text.split("\r\x1b[2K") if line.startswith("step ")]
     last = max(n for n, line in enumerate(drawn) if len(line) > 50)
-    figures = r"step \d+/40  \d+ s left  loss \d\.\d{4}  [▁▂▃▄▅▆▇█]+  [\d,]+ samples/s  [\d.]+ [MG]B memory  "
+    figures = r"step \d+/40  \d+ s left  loss \d\.\d{4}  [▁▂▃▄▅▆▇█]+  [\d,]+ samples/s  [\d.]+ GiB memory  "
     assert re.match(figures, drawn[3]) and any("saved 7" in line for line in drawn[: last + 1])
     assert all(len(line) < 120 for line in drawn) and len(drawn) > last + 2
     assert all(len(line.removesuffix("^C")) < 50 for line in drawn[last + 1 :])
@@ -161,7 +161,7 @@ def test_where_stderr_is_no_terminal_lines_are_plain_and_the_resume_is_proven(do
     said = (done / "said").read_text()
     assert "\x1b" not in said and "\r" not in said and "resumed from step-000007 at step 7, exact\n" in said
     assert "exact resume confirmed for steps 8" in said
-    assert re.search(r"^step 40/40  loss \d\.\d{4}  lr 1.00e-02  \|g\| [\d.]+  [\d,]+ samples/s$", said, re.M)
+    assert re.search(r"^step 40/40  loss \d\.\d{4}  lr 1.00e-02  grad norm [\d.]+  [\d,]+ samples/s$", said, re.M)
 
 
 def test_parts_that_find_no_room_are_left_out_and_bars_are_means() -> None:

@@ -47,6 +47,7 @@ CASES = {
     "inspect": ["inspect llama", "inspect run", "inspect missing", "inspect lama", "inspect empty", "inspect mine"],
     "convert": [
         "convert llama dcp --to dcp --dry-run",
+        "convert llama wide --to hf --dtype fp32 --dry-run",
         "convert llama dcp --to dcp",
         "convert llama dcp --to dcp",
         "convert llama titan --to dcp --for torchtitan",
@@ -208,7 +209,7 @@ MASKS = [
     (r"\b[\d.]+ a second\b", "<rate> a second"),
     (r"\b\d+(\.\d+)? ?(ms|s|min)\b", "<time>"),
     (r"\b\d+(\.\d+)? ?(KB|MB|GB|KiB|MiB|GiB|kB)\b", "<size>"),
-    (r"(?<![\w.])(loss|perplexity|\|g\|)( +)\d[\d.e+]*(?![\w/])", r"\1\2<figure>"),
+    (r"(?<![\w.])(loss|perplexity|grad norm)( +)\d[\d.e+]*(?![\w/])", r"\1\2<figure>"),
     (r"\b(average_mAP|mAP@[\d.]+) [\d.]+( %)?", r"\1 <figure>"),
     (r"[▁-█]{2,}", "<bars>"),
 ]

@@ -45,27 +45,27 @@ class Output:
     def line(self, text: str = "") -> None:
         """Print a line of data for people; silent under --json."""
         if not self.json:
-            _wipe()
+            _leave()
             sys.stdout.write(visible(text) + "\n")
 
     def piece(self, text: str) -> None:
         """Print a piece of data for people at once, without a line's end; silent under --json."""
         if not self.json:
-            _wipe()
+            _leave()
             sys.stdout.write(visible(text))
             sys.stdout.flush()
 
     def remark(self, text: str) -> None:
         """Print a note, a warning or what was done on stderr."""
         if not self.quiet:
-            _wipe()
+            _leave()
             sys.stderr.write(visible(text) + "\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str] = ()) -> None:
         """Print a table on stdout; plain text where stdout is not a terminal, so that it can be piped."""
         if self.json:
             return
-        _wipe()
+        _leave()
         from rich import box
         from rich.console import Console
         from rich.table import Table
@@ -82,7 +82,7 @@ class Output:
 
     def error(self, error: TensorkeepError) -> None:
         """Print an error and its hint on stderr, and as the document under --json."""
-        _wipe()
+        _leave()
         sys.stderr.write(f"error: {error.line}\n")
         if error.hint:
             sys.stderr.write(f"hint: {visible(error.hint)}\n")
@@ -253,18 +253,13 @@ def _draw(line: str) -> None:
     _drawn = True
 
 
-def _wipe() -> None:
-    """Take the line away, where something else is to be printed; it comes again with the next update."""
-    _leave("\r\x1b[2K")
-
-
 def end_line() -> None:
     """Let the line stay as it is, and go to the next one; nothing where none is drawn."""
     _leave("\n")
 
 
-def _leave(by: str) -> None:
-    """Go off the line where one is drawn."""
+def _leave(by: str = "\r\x1b[2K") -> None:
+    """Go off the line where one is drawn: it is wiped, and comes again with the next update."""
     global _drawn
     if _drawn:
         print(end=by, file=sys.stderr, flush=True)
@@ -315,7 +310,7 @@ class _Bar:
 
     def close(self) -> None:
         """Wipe the line."""
-        _wipe()
+        _leave()
 
 
 def _escaped(cell: object) -> str:
@@ -336,16 +331,19 @@ def _masked(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float)) else masked(str(value))
 
 
-def size(count: float) -> str:
-    """Return a number of bytes in decimal units.
+def size(count: float, memory: bool = False) -> str:
+    """Return a number of bytes: of files in decimal units, of memory in GiB, as recipes and reports count it.
 
     Args:
         count: number of bytes.
+        memory: whether they are in memory.
 
     Example:
-        >>> size(269060552)
-        '269.1 MB'
+        >>> size(269060552), size(269060552, memory=True), size(150 << 30, memory=True)
+        ('269.1 MB', '0.25 GiB', '150.0 GiB')
     """
+    if memory:
+        return f"{count / 2**30:.{1 if count >= 10 << 30 else 2}f} GiB"
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(count) < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -81,7 +81,7 @@ def test_subsets_of_the_table_stay(videos, tmp_path, capsys):
     assert annotate(videos, tmp_path, text) == 0
     assert read_annotations(tmp_path / "gt.json").subsets() == ("test", "train")
     said = capsys.readouterr()
-    assert "--data.test.subset test" in said.out and "1 videos are in no table" in said.err
+    assert "--data.test.subset test" in said.out and "since no table names them (1)" in said.err
 
 
 def test_two_files_of_one_name_are_told_apart_or_refused(tmp_path, capsys):

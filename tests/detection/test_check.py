@@ -118,7 +118,9 @@ def test_the_command_lists_findings_and_what_an_epoch_teaches(
     (place / "annotations.json").write_text(json.dumps(truth))
     assert main(["check", "detection", str(recipe)]) == 1
     out = capsys.readouterr().out
-    assert f"{name}: 1 of " in out and "its end comes before its start" in out and "that learn in an epoch" in out
+    assert (
+        f"{name}: 1 of " in out and "its end comes before its start" in out and "points that learn in an epoch" in out
+    )
     for video in truth["database"].values():
         for row in video["annotations"]:
             row["segment"] = [8 * t + 100 for t in row["segment"]]

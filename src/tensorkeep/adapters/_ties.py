@@ -33,7 +33,7 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
         sources: the adapters: transformers is asked only where one of them may change either.
         untie: whether the user wants two tensors.
     """
-    if hf.EMBEDDING not in state.hf_tensors and (untie or any(_may_touch(s.adapter) for s in sources)):
+    if hf.EMBEDDING not in state.hf_tensors and (untie or any(_may_touch(s.adapter, state) for s in sources)):
         names = ask_names(state)
         if names is not None and names.input_weight is not None:
             one, other = names.input_weight, names.output_weight or hf.HEAD
@@ -51,11 +51,13 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
         state.hf_tensors[state.head] = replace(embed, name=state.head, tied_to=state.embedding)
 
 
-def _may_touch(adapter: Adapter) -> bool:
-    """Whether an adapter holds something that may be for an embedding or a head."""
+def _may_touch(adapter: Adapter, state: MergeBase) -> bool:
+    """Whether an adapter holds something that may be for an embedding or a head, by its name or by a tie not stored."""
     if adapter.saved or adapter.tokens or adapter.embeddings:
         return True
-    return any(m.rpartition(".")[2] in ("lm_head", "embed_out", "output") for m in (*adapter.pairs, *adapter.parts))
+    changed = (*adapter.pairs, *adapter.parts)
+    named = any(m.rpartition(".")[2] in ("lm_head", "embed_out", "output") for m in changed)
+    return named or any(f"{m}.weight" not in state.hf_tensors for m in changed)
 
 
 def _guess(state: MergeBase) -> None:
@@ -117,6 +119,7 @@ def settle_ties(
         state.records[stored] = replace(state.records[stored], tied_to=None)
     if len(set(names)) == 1:
         _part_head(state, wanted.pop(state.head, []))
+    _part_others(state)
     return True
 
 
@@ -153,6 +156,18 @@ def _part_head(state: MergeBase, terms: list[Term]) -> None:
             hint="convert it first: tensorkeep convert BASE OUT --to hf",
         )
     computed_tensor(state, stored, stored.removesuffix(state.embedding) + state.head, terms)
+
+
+def _part_others(state: MergeBase) -> None:
+    """Add what else the config ties and files hold once (BERT's bias of the head): it unties all of them at once."""
+    names = ask_names(state)
+    for name, source in (names.tied if names is not None else {}).items():
+        tensor = state.hf_tensors.get(source)
+        if name in (state.head, state.embedding) or name in state.hf_tensors or tensor is None:
+            continue
+        stored = tensor.parts[0].name
+        if stored.endswith(source):
+            computed_tensor(state, stored, stored.removesuffix(source) + name)
 
 
 def _alike(embed: list[Term], head: list[Term]) -> bool:

@@ -20,12 +20,11 @@ from tensorkeep.adapters import kinds
 from tensorkeep.adapters.stacked import adapt_stacks, refuse_dropout
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, unwrap
-from tensorkeep.quantization.encoding import HEADS
 from tensorkeep.quantization.frozen import compute_dtype, frozen_linear
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.quantization.linear_layers import dense, is_conv1d
 from tensorkeep.quantization.modules import adopted, is_bitsandbytes
-from tensorkeep.quantization.replacing import check_patterns, replace_modules
+from tensorkeep.quantization.replacing import check_patterns, heads, replace_modules
 
 ALL = "all-linear"
 TRAINED = ("lora", "rslora")
@@ -192,8 +191,8 @@ def add_lora(
     """
     _refuse_other_kinds(kind)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    linears = adaptable(model)
-    chosen = [n for n in linears if any(_fits(n, p) for p in wanted) and not matches(n, exclude)]
+    linears, last = adaptable(model), heads(model)
+    chosen = [n for n in linears if any(_fits(n, p, last) for p in wanted) and not matches(n, exclude)]
     ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
     check_patterns(linears, [p for p in wanted if p != ALL], "lora.targets")
     check_patterns(linears, exclude, "lora.exclude")
@@ -288,9 +287,9 @@ def _clean(name: str) -> str:
     return unwrap(name)[0]
 
 
-def _fits(name: str, pattern: str) -> bool:
+def _fits(name: str, pattern: str, last: Sequence[str]) -> bool:
     """Whether a module's name fits a target; "all-linear" fits all but heads."""
-    return not matches(name, HEADS) if pattern == ALL else matches(name, [pattern])
+    return not matches(name, last) if pattern == ALL else matches(name, [pattern])
 
 
 def _first(name: str, patterns: Mapping[str, Any], default: Any) -> Any:

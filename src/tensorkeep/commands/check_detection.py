@@ -51,7 +51,7 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
             ("every step" if s == 1 else f"every {s} steps", f"{a:g} to {b:g}", f"{n:.1f}")
             for s, (a, b), n in zip(made.model.head.strides, made.model.head.ranges, found.levels, strict=True)
         ]
-        columns = ["points of the pyramid", "reach, in steps", "that learn in an epoch"]
+        columns = ["points of the pyramid", "steps to an action's ends", "points that learn in an epoch"]
         printer.table(columns, rows, right=columns[1:])
     for line in files:
         printer.line(line)

@@ -55,7 +55,8 @@ def eval_language(
     if printer.json:
         printer.document(found)
         return 0
-    rows = [(name, _cell(value)) for name, value in found.items() if value is not None]
+    spoken = {"ema": "averaged weights (ema)"}
+    rows = [(spoken.get(name, name), _cell(value)) for name, value in found.items() if value is not None]
     printer.table(["", "value"], rows, right=["value"])
     return 0
 

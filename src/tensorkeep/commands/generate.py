@@ -89,7 +89,8 @@ def _tell(out: Output, asked: dict[str, Any], made: Any) -> None:
             "tokens_per_second": made.tokens_per_second,
         }
         out.document({**asked, "text": made.text, **numbers, "stopped_by": made.stopped_by})
-    out.remark(f"{len(made.ids)} tokens, {made.tokens_per_second:.1f} a second, stopped by {made.stopped_by}")
+    ended = {"end": "ended by the model", "length": "stopped at --max-tokens", "context": "its context is full"}
+    out.remark(f"{len(made.ids)} tokens, {made.tokens_per_second:.1f} a second, {ended[made.stopped_by]}")
 
 
 @dataclass

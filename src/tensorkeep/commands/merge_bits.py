@@ -135,6 +135,6 @@ def _show(out: Output, figures: dict[str, Any]) -> None:
     if figures["wide"]:
         odd, count = figures["wide"][0], len(figures["wide"])
         out.line(f"{count} linears stay floats, their rows are no whole blocks: first {odd}")
-    forms = ", ".join(f"{count} {form}" for form, count in figures["forms"].items())
-    by = f"{forms} at {figures['bits']:g} bits a weight, rounded by {figures['calibration_tokens']:,} tokens"
+    forms = ", ".join(f"{count} weights in {form}" for form, count in figures["forms"].items())
+    by = f"{forms} at {figures['bits']:g} bits a weight, rounded to fit {figures['calibration_tokens']:,} tokens"
     out.line(f"measured on {figures['tokens']:,} held-out tokens of the texts; {by}")

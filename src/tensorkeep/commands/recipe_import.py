@@ -53,10 +53,10 @@ def recipe_import(
         printer.document({"config": str(config), "recipe": str(out), **listed})
     else:
         _show(printer, "lost, and it may change the numbers", rows["lost"])
-        _show(printer, "not carried over; it changes no number", rows["left"])
-        _show(printer, "not in the config; taken", rows["defaults"])
-    counts = f"{len(imported.lost)} lost, {len(imported.left)} left behind, {len(imported.defaults)} defaults taken"
-    printer.line(f"{out}: {counts}")
+        _show(printer, "not carried over; none of these changes a number", rows["left"])
+        _show(printer, "not in the config; the recipe takes", rows["defaults"])
+    lost, left, defaults = len(imported.lost), len(imported.left), len(imported.defaults)
+    printer.line(f"{out}: {lost} settings lost, {left} not needed, {defaults} defaults filled in")
     return 1 if imported.lost else 0
 
 

@@ -55,7 +55,7 @@ def repair(
         output.document(_document(made, checkpoint, reference))
         return made.after.exit_code
     for code, what in made.done.items():
-        output.line(f"undone: {code} ({what})")
+        output.line(f"mended: {code} ({what})")
     if made.taken:
         output.line(f"from the reference: {', '.join(grouped(made.taken)[:6])}")
     if made.lost:

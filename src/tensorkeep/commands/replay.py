@@ -158,9 +158,8 @@ def replayed(run: str | Path, first: int, last: int, device: str | None = None, 
             job, loop = _built(folder, again, world, say)
             job.trackers = []
             if last > loop.updates:
-                raise TensorkeepError(
-                    f"the run has {loop.updates} steps", where=run, hint=f"--steps 1..{loop.updates}, or a part of them"
-                )
+                what = f"step {last} is asked for, and the run ends at step {loop.updates}"
+                raise TensorkeepError(what, where=run, hint=f"--steps 1..{loop.updates}, or a part of them")
             wanted = replace(loop, updates=last, log_every=1, patience=None)
             fit(job, again, wanted, str(start) if start else "never", world, ("training.updates",), say)
             from_step = before[0] if before else 0

@@ -49,7 +49,7 @@ def verify(
     with out.progress() as progress:
         findings, view, certified = run(checkpoint, progress)
     if "://" not in checkpoint and places(local_path(checkpoint))[0].is_file():
-        out.remark("note: a statement of its identity lies beside it; check that too: --key, --certificate, --identity")
+        out.remark("note: a signed identity lies beside it; check its signature too: --key, --certificate, --identity")
     verdict = verdict_of(findings)
     if say.json:
         out.document(
@@ -105,12 +105,12 @@ def _proof(out: Output, checkpoint: str | None, path: str) -> int:
 def _proven(checkpoint: str) -> str:
     place = Path(checkpoint)
     if (place / "manifest.json").is_file() or (place / "checkpoints").is_dir():
-        return "every digest is the manifest's"
+        return "every digest matches the manifest"
     from tensorkeep.formats.saves import saves_in
     from tensorkeep.formats.seals import is_sealed
 
     sealed = "://" not in checkpoint and any(is_sealed(save.path) for save in saves_in(checkpoint))
-    return f"every digest is the {'seal' if sealed else 'certificate'}'s"
+    return f"every digest matches the {'seal' if sealed else 'certificate'}"
 
 
 def _unproven(view: StateView) -> str:

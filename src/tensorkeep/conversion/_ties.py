@@ -7,6 +7,7 @@ names, so the other is made. The embedding alone and the config does not tie: th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,7 +51,7 @@ def tie(
         TensorkeepError: K01 where an untied head is missing and the user did not drop it.
     """
     tied = hf.tied(dict(config)) if config is not None else None
-    if target is None:
+    if target is None or (hf.HEAD not in tensors and _headless(config)):
         return
     if hf.EMBEDDING not in tensors:
         named = ask(config, tensors) if ask is not None and config is not None and tied is not False else {}
@@ -78,7 +79,7 @@ def _one_or_two(
         return
     if head is None:
         by_user = any(p.name.endswith(_HEADS) for s in dropped if s.reason == BY_USER for p in s.parts)
-        if tied is False and not by_user:
+        if tied is False and not by_user and not _headed(tensors, embed):
             raise TensorkeepError(
                 f"{own} is missing and the config says that it is not tied to the embedding",
                 code="K01",
@@ -108,6 +109,22 @@ def _one_or_two(
     else:
         tensors[other] = replace(embed, tied_to=None)
         tensors[own] = replace(head, actions=(*head.actions, "tie"), tied_to=other)
+
+
+def _headless(config: Mapping[str, Any] | None) -> bool:
+    """Whether the config's class predicts no tokens: a classifier, a reward model, a model without a head."""
+    classes = (config or {}).get("architectures")
+    if not isinstance(classes, list) or not classes:
+        return False
+    return not any(re.search(r"LM|ConditionalGeneration|PreTraining|ImageTextToText", str(c)) for c in classes)
+
+
+def _headed(tensors: Mapping[str, HfTensor], embed: HfTensor) -> bool:
+    """Whether the file has a head of another name: of the embedding's shape, outside of the layers."""
+    return any(
+        t.shape == embed.shape and t is not embed and re.fullmatch(r"(?:[A-Za-z_]+\.)*\w*(?:head|out)\w*\.weight", name)
+        for name, t in tensors.items()
+    )
 
 
 def _equal(a: HfTensor, b: HfTensor, sources: Sequence[StateView]) -> bool:

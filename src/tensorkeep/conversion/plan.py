@@ -129,13 +129,26 @@ class Step:
     sink: SinkTensor | None
     reason: str = ""
 
-    @property
-    def line(self) -> str:
-        """The step for people to read: `permute rename  wq.weight -> q_proj.weight`."""
+    def line(self, sources: Sequence[StateView]) -> str:
+        """The step for people to read: `cast             wq.weight -> q_proj.weight  (BF16 to F32)`.
+
+        Args:
+            sources: the views that tensors are read from.
+        """
         names = [p.key for p in self.parts]
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         target = f" -> {self.sink.name}" if self.sink and self.sink.name != shown else ""
-        return f"{' '.join(self.actions):<16} {shown}{target}{f'  ({self.reason})' if self.reason else ''}"
+        told = "; ".join(said for said in (self._cast(sources), self.reason) if said)
+        return f"{' '.join(self.actions):<16} {shown}{target}{f'  ({told})' if told else ''}"
+
+    def _cast(self, sources: Sequence[StateView]) -> str:
+        """From which dtypes to which one the values are cast; '' where they keep theirs."""
+        if self.sink is None or not {"cast", "quantize"} & set(self.actions):
+            return ""
+        stored = [sources[p.source][p.name] for p in self.parts]
+        before = dict.fromkeys(r.dtype if r.encoding == "plain" else r.encoding.upper() for r in stored)
+        made = self.sink.dtype if self.sink.encoding == "plain" else self.sink.encoding.upper()
+        return f"{' and '.join(before)} to {made}" if made not in before else ""
 
 
 @dataclass

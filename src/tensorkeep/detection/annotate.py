@@ -80,7 +80,7 @@ def make_annotations(
             actions[name].append((start, end, label))
     notes += [f"{name}: {info.problem}" for name, info in looked.items() if info.problem]
     if unused := sorted(set(files) - set(actions)):
-        notes.append(f"{len(unused)} videos are in no table and are left out: {', '.join(unused[:6])}")
+        notes.append(f"videos left out, since no table names them ({len(unused)}): {', '.join(unused[:6])}")
     subsets = _subsets(actions, said, share, notes)
     database = {
         name: {

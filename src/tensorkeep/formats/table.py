@@ -90,7 +90,7 @@ def writer(word: str, *, models: bool = False) -> ModuleType:
     if found is None or not hasattr(found, "layout") or (models and fact(word, "ADAPTERS_ONLY")):
         words = writable(models=models)
         near = near_misses(word, words)
-        raise TensorkeepError(f"cannot write {word!r}", hint=near or f"formats: {', '.join(words)}")
+        raise TensorkeepError(f"cannot write the format {word!r}", hint=near or f"formats: {', '.join(words)}")
     return found
 
 

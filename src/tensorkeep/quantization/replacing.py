@@ -9,7 +9,7 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import exactly, matches, near_pattern, unwrap
-from tensorkeep.quantization.encoding import EXCLUDED
+from tensorkeep.quantization.encoding import EXCLUDED, HEADS
 from tensorkeep.quantization.linear_layers import dense, is_conv1d, read_directly
 
 if TYPE_CHECKING:
@@ -51,7 +51,21 @@ def left_wide(model: nn.Module) -> list[str]:
     Args:
         model: a live model, on the meta device too.
     """
-    return [*EXCLUDED, *(exactly(clean_name(n)) for n in read_directly(model))]
+    return [*EXCLUDED, *heads(model), *(exactly(clean_name(n)) for n in read_directly(model))]
+
+
+def heads(model: nn.Module) -> list[str]:
+    """Return the patterns of the linears that are output heads: by their names, and the one that the model names.
+
+    Args:
+        model: a live model, on the meta device too.
+    """
+    own: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = own() if own is not None else None
+    except (NotImplementedError, AttributeError):  # what a model class without a head says
+        head = None
+    return [*HEADS, *(exactly(clean_name(n)) for n, m in model.named_modules() if m is head)]
 
 
 def check_patterns(names: Mapping[str, Any], patterns: Sequence[str], field: str) -> None:

@@ -154,8 +154,8 @@ class Log:
 
     def _line(self, row: Mapping[str, Any], rate: str) -> str:
         """The status line."""
-        memory = f"  {size(self._memory())}" if self.world.device.type == "cuda" and self._memory() else ""
-        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  |g| {row['grad_norm']:.3g}  {rate}{memory}"
+        memory = f"  {size(self._memory(), memory=True)}" if self.world.device.type == "cuda" and self._memory() else ""
+        return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad norm {row['grad_norm']:.3g}  {rate}{memory}"
 
     def _parts(self, row: Mapping[str, Any], rate: str) -> list[str]:
         """What a terminal shows after step and time left, the most important first."""
@@ -164,11 +164,11 @@ class Log:
             f"loss {row['loss']:.4f}",
             bars,
             rate,
-            f"{size(self._memory())} memory",
+            f"{size(self._memory(), memory=True)} memory",
             "" if saved is None else f"saved {saved}",
             self.proof,
             f"lr {row['lr']:.2e}",
-            f"|g| {row['grad_norm']:.3g}",
+            f"grad norm {row['grad_norm']:.3g}",
         ]
 
     def _memory(self) -> int:

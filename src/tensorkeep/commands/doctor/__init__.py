@@ -80,11 +80,11 @@ def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines about processors, memory and limits."""
     quota = f", {found['cpu_limit']:g} by this container's limit" if found["cpu_limit"] else ""
     sha = {True: "yes", False: "no", None: "not known"}[found["sha_instructions"]]
-    memory = "not known" if found["memory"] is None else size(found["memory"])
+    memory = "not known" if found["memory"] is None else size(found["memory"], memory=True)
     if found["memory_available"] is not None:
-        memory += f", {size(found['memory_available'])} available"
+        memory += f", {size(found['memory_available'], memory=True)} available"
     if found["memory_limit"] is not None:
-        memory += f", {size(found['memory_limit'])} by this container's limit"
+        memory += f", {size(found['memory_limit'], memory=True)} by this container's limit"
     limit = found["open_files"]
     files = "not known" if limit is None else f"{limit['soft']} (may be raised to {limit['hard']})"
     return [
@@ -101,7 +101,8 @@ def _torch(found: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("GPUs", "not asked: torch is not there")]
     lines = [("torch is built for", found["build"])]
     for gpu in found["gpus"]:
-        lines.append((f"GPU {gpu['index']}", f"{gpu['name']}, {size(gpu['memory'])}, capability {gpu['capability']}"))
+        held = size(gpu["memory"], memory=True)
+        lines.append((f"GPU {gpu['index']}", f"{gpu['name']}, {held}, capability {gpu['capability']}"))
     if not found["gpus"]:
         lines.append(("GPUs", "torch finds none"))
     if len(found["gpus"]) > 1:

@@ -24,8 +24,8 @@ def report(
     Parameters
     ----------
     sources
-        A run's folder; or a document of `diagnose`, `diff`, `merge` or `eval detection` with --json; or detections of
-        any program; or the word compare and two runs or more.
+        A run's folder; or a document of `diagnose`, `verify`, `diff`, `merge` or `eval detection` with --json; or
+        detections of any program; or the word compare and two runs or more.
     out
         The page to write.
     diff

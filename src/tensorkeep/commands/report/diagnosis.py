@@ -1,4 +1,4 @@
-"""Make one offline HTML page from the document of `diagnose --json`, and of `diff --json` beside it.
+"""Make one offline HTML page from the document of `diagnose --json` or `verify --json`, and of `diff --json` beside it.
 
 All names and messages come out of untrusted files and are escaped.
 """
@@ -44,7 +44,12 @@ def page(document: Mapping[str, Any], differences: Mapping[str, Any] | None = No
     ]
     title = printable(str(document.get("checkpoint", "")), 180)
     head = _head(document, _causes(findings, causes)) + _totals(document)
-    return frame.page(f"Diagnosis of {title}", head, sections)
+    return frame.page(f"{_kind(document)} of {title}", head, sections)
+
+
+def _kind(document: Mapping[str, Any]) -> str:
+    """Return what the command that wrote the document does: `verify` says whether there was a certificate."""
+    return "Verification" if "certificate" in document else "Diagnosis"
 
 
 # -- head -----------------------------------------------------------------------------------------------------------
@@ -58,7 +63,7 @@ def _head(document: Mapping[str, Any], causes: str) -> str:
     against = document.get("reference")
     reference = frame.code(against) if against else "<span class='muted'>none</span>"
     facts = [("checkpoint", frame.code(document.get("checkpoint", ""))), ("reference", reference)]
-    return frame.top("Diagnosis", shown) + causes + frame.listed(facts)
+    return frame.top(_kind(document), shown) + causes + frame.listed(facts)
 
 
 def _totals(document: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ from tensorkeep.storage.budget import read_small
 from tensorkeep.storage.certificate import parse_json
 
 _HINT = (
-    "a run's folder, or a document of tensorkeep diagnose, diff, merge or eval detection with --json, or detections "
-    "with --annotations"
+    "a run's folder, or a document of tensorkeep diagnose, verify, diff, merge or eval detection with --json, or "
+    "detections with --annotations"
 )
 
 
@@ -21,7 +21,7 @@ def page_of(path: str | Path, diff: str | Path | None = None) -> str:
     """Return the page of a document.
 
     Args:
-        path: of `diagnose`, `diff`, `merge` or `eval detection`, with --json.
+        path: of `diagnose`, `verify`, `diff`, `merge` or `eval detection`, with --json.
         diff: the document of a `diff`, for the figures of every tensor of a diagnosis.
 
     Raises:

@@ -18,9 +18,9 @@ def parts(found: Look) -> list[str]:
     told = [
         "" if loss is None else f"loss {loss:.4f}",
         "" if lr is None else f"lr {lr:.2e}",
-        "" if norm is None else f"|g| {norm:.3g}",
+        "" if norm is None else f"grad norm {norm:.3g}",
         "" if found.rate is None else f"{found.rate[0]:,.0f} {found.rate[1]}/s",
-        f"{size(memory)} memory" if memory else "",
+        f"{size(memory, memory=True)} memory" if memory else "",
     ]
     return [part for part in told if part]
 

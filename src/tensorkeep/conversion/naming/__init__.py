@@ -165,7 +165,8 @@ def loaders() -> dict[str, list[str]]:
 def identify(view: StateView, naming: str | None = None) -> Identity:
     """Tell from a checkpoint's names which naming, root and wrappers they follow.
 
-    The naming and root that explain most tensors are chosen; where nothing is recognised, names stay as they are.
+    The naming and root that explain most tensors are chosen. Where nothing is recognised, names stay as they are: hf's
+    where a config of transformers lies beside them (and less than half would be another's), else nobody's.
 
     Args:
         view: the opened checkpoint.
@@ -192,6 +193,9 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
             score = (known, -order, -rank)
             if known and (best is None or score > best[0]):
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
+    ours = view.format in ("hf", "dcp", "pth") and isinstance((view.config or {}).get("model_type"), str)
+    if best is not None and ours and naming is None and 2 * best[0][0] < len(best[1].names):
+        best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`)
     if best is not None:
         found = best[1]
         return _claimed(view, found) if naming is None else found
@@ -205,7 +209,7 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
         )
     root = _container(view, paths)
     clean, wrappers, other = _under(view, root)
-    return Identity(naming, root, wrappers, clean, other)
+    return Identity("hf" if ours else naming, root, wrappers, clean, other)
 
 
 def _claimed(view: StateView, found: Identity) -> Identity:
