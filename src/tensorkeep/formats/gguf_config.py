@@ -32,12 +32,8 @@ _ARCHITECTURES = {
     "phi3": ("phi3", "Phi3ForCausalLM"),
 }
 FACTORS = "rope_freqs.weight"
-_SHAPED = (
-    "vocab_size",
-    "attention.value_length",
-    "attention.key_length",
-    "embedding_length_out",
-)  # shapes say them too
+# shapes say them, too
+_SHAPED = ("vocab_size", "attention.value_length", "attention.key_length", "embedding_length_out")
 _MIXTRAL = ("mixtral", "MixtralForCausalLM")  # llama.cpp calls it llama, with experts
 # what llama.cpp's converter assumed for the scaling of Llama 3, whose numbers it does not store
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
