@@ -7,10 +7,18 @@ looks of tests pass over what was there before the first of them.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Generator
 
 import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # `make test-gpu` runs without it, too
+    from hypothesis import settings
+
+    # no example fails for its seconds of the clock: where other processes take turns, any one may take 0.2 s
+    settings.register_profile("suite", parent=settings.default, deadline=None)
+    settings.load_profile("suite")
 
 MANY = 10_000  # new objects between two looks at the youngest; Python's own number is 700
 
