@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ def modules(tree: Path) -> dict[str, Path]:
     return found
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file; `parsed.cache_clear()` gives the memory of all of them back."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(name: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
     """Modules of the package that a module imports, at its top or inside functions, not for types alone."""
     base = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    waiting: list[ast.AST] = [parsed(path)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -123,14 +130,14 @@ def longest(between: Graph) -> list[str]:
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Name and lines of every function of a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{path.name}:{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
 
 
 def public_names(path: Path) -> Iterator[str]:
     """Functions and classes that a module defines at its top without a leading underscore."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield node.name
 

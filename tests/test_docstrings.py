@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 from benchmarks import structure
 
 ROOT = Path(__file__).parent.parent
@@ -15,9 +16,22 @@ MODULES = structure.modules(ROOT)
 Defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """Trees of the whole source are a million objects: the tests that come later need not carry them along."""
+    yield
+    for kept in (structure.parsed, tree, nodes, taken):
+        kept.cache_clear()
+
+
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return structure.parsed(MODULES[module])
+
+
+@cache
+def nodes(module: str) -> list[ast.AST]:
+    return list(ast.walk(tree(module)))
 
 
 def room(module: str) -> str:
@@ -29,7 +43,7 @@ def room(module: str) -> str:
 def taken(module: str) -> dict[str, tuple[str, str]]:
     """What a module takes from others of the package, anywhere in it: name here -> (module, name there; "" for all)."""
     found = {}
-    for node in ast.walk(tree(module)):
+    for node in nodes(module):
         if isinstance(node, ast.ImportFrom) and node.module in MODULES:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
@@ -52,7 +66,7 @@ def shared() -> dict[str, Defined]:
     for module in MODULES:
         names = taken(module)
         wanted |= {place for place in names.values() if place[1] and room(place[0]) != room(module)}
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 place, name = names.get(node.value.id, ("", "-"))
                 if not name and room(place) != room(module):

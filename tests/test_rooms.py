@@ -8,6 +8,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ ROOMS = sorted(m.name for m in pkgutil.iter_modules(tensorkeep.__path__) if m.is
 
 
 @pytest.fixture(scope="module")
-def between() -> structure.Graph:
-    return structure.graph(ROOT)
+def between() -> Iterator[structure.Graph]:
+    yield structure.graph(ROOT)
+    structure.parsed.cache_clear()
 
 
 def test_there_are_twelve_rooms_and_few_files_beside_them() -> None:
@@ -69,10 +71,10 @@ def test_no_module_imports_what_is_private_to_another_folder(between: structure.
     assert wrong == []
 
 
-def test_no_module_takes_a_private_name_from_another() -> None:
+def test_no_module_takes_a_private_name_from_another(between: structure.Graph) -> None:
     wrong, known = [], structure.modules(ROOT)
     for name, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(structure.parsed(path)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tensorkeep."):
                 wrong += [
                     (name, f"{node.module}.{a.name}")

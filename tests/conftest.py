@@ -1,0 +1,36 @@
+"""What the whole suite shares: Python looks seldom for garbage in what was imported, which all stays to the end.
+
+Torch, transformers and the modules of tests are a million objects. A look at all of them takes a third of a second,
+in a forked child half of one, where it also copies them. Importing them made 24 such looks; now it makes none, and the
+looks of tests pass over what was there before the first of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Generator
+
+import pytest
+
+with contextlib.suppress(ModuleNotFoundError):  # `make test-gpu` runs without it, too
+    from hypothesis import settings
+
+    # no example fails for its seconds of the clock: where other processes take turns, any one may take 0.2 s
+    settings.register_profile("suite", parent=settings.default, deadline=None)
+    settings.load_profile("suite")
+
+MANY = 10_000  # new objects between two looks at the youngest; Python's own number is 700
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Import the modules of tests without a look, and keep what they left out of later ones."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(MANY, *gc.get_threshold()[1:])
+        gc.enable()
