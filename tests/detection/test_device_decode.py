@@ -210,6 +210,28 @@ def test_updates_come_in_their_order_with_a_few_clips_ahead_and_an_error_is_rais
     assert found == [[n, n] for n in range(7)]
 
 
+def test_updates_decoded_elsewhere_do_not_pile_up() -> None:
+    """Files that the device does not take come decoded: memory holds a few of them, not those of a whole run."""
+    begun: list[int] = []
+
+    def parts() -> Iterator[list[Any]]:
+        for n in range(50):
+            begun.append(n)
+            clip = Uncut(torch.full((1,), n), None)
+            yield [None if n % 5 == 0 else {"inputs": [clip], "meta": [{"problems": []}]}]
+
+    for n, (batch,) in enumerate(decoded_ahead(parts(), CPU, 3)):
+        assert begun[-1] <= n + 5
+        assert (batch is None) == (n % 5 == 0) and (batch is None or int(batch["inputs"][0].frames) == n)
+
+
+def test_what_is_asked_for_may_come_with_lists_in_place_of_tuples(tmp_path: Path, decoders: None) -> None:
+    asked = asked_of(video(tmp_path, "plain.mp4"), [3, 9], 24)
+    pinned = asked._replace(size=[*asked.size], pictures=asked.pictures._replace(shown=[*asked.pictures.shown]))  # type: ignore[arg-type]
+    clip, why = decode_asked(pinned, CPU)
+    assert why is None and torch.equal(clip.frames, decode_asked(asked, CPU)[0].frames)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)

@@ -68,7 +68,7 @@ def decoded_ahead(
     Args:
         parts: the micro-batches of each update, as `collate` makes them of samples that ask.
         device: where to.
-        threads: so many clips are decoded at a time, and so many at least are ahead of the update that is made.
+        threads: so many clips are decoded at a time, and so many samples at least are ahead of the update that is made.
         make: decodes a clip.
 
     Yields:
@@ -83,7 +83,7 @@ def decoded_ahead(
         try:
             for update in parts:
                 waiting.append([_begun(batch, begin) for batch in update])
-                while sum(_clips(batch) for later in list(waiting)[1:] for batch in later) >= threads:
+                while _enough(list(waiting)[1:], threads):
                     yield [_done(batch) for batch in waiting.popleft()]
             while waiting:
                 yield [_done(batch) for batch in waiting.popleft()]
@@ -131,15 +131,15 @@ def _begun(batch: Any, begin: Callable[[Asked], Future[Any]]) -> Any:
     return {**batch, "inputs": inputs}
 
 
-def _clips(batch: Any) -> int:
-    """Return how many clips of a micro-batch are being decoded, or were."""
-    inputs = () if batch is None or isinstance(batch["inputs"], Tensor) else batch["inputs"]
-    return sum(isinstance(clip, Future) for clip in inputs)
+def _enough(later: Sequence[list[Any]], threads: int) -> bool:
+    """Whether so many samples wait, decoded here or not, or so many updates that have none."""
+    samples = sum(len(batch["inputs"]) for update in later for batch in update if batch is not None)
+    return samples >= threads or len(later) > threads
 
 
 def _done(batch: Any) -> Any:
     """Wait for the frames of a micro-batch; what is told of them goes to the samples' problems."""
-    if not _clips(batch):
+    if batch is None or isinstance(batch["inputs"], Tensor):
         return batch
     inputs = []
     for clip, meta in zip(batch["inputs"], batch["meta"]):

@@ -111,9 +111,10 @@ def _frames(decoder: Any, pictures: Pictures, places: NDArray[np.int64]) -> Tens
         what = f"torchcodec gave the picture at {came:.3f} s for that at {asked:.3f} s"
         raise TensorkeepError(what, where=pictures.path)
     frames: Tensor = found.data  # [n, 3, H, W]
-    if tuple(frames.shape[2:]) != pictures.shown:
+    shown = tuple(pictures.shown)  # a loader that pins memory may have made a list of it
+    if tuple(frames.shape[2:]) != shown:
         height, width = frames.shape[2:]
-        what = f"torchcodec's pictures are {width} x {height}, not {pictures.shown[1]} x {pictures.shown[0]}"
+        what = f"torchcodec's pictures are {width} x {height}, not {shown[1]} x {shown[0]}"
         raise TensorkeepError(what, where=pictures.path)
     return frames
 
