@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from tensorkeep import cli
+from tensorkeep.detection.data import feature_checks, hdf5
 from tensorkeep.detection.data.annotations import parse_annotations
 from tensorkeep.detection.data.clips import make_clips
 from tensorkeep.detection.data.features import count_features, look_side_by_side, read_features, read_side_by_side
@@ -58,6 +59,7 @@ FILES: dict[str, Any] = {
     "a.safetensors": lambda path, rows: save_file({"x": torch.from_numpy(rows).contiguous()}, path),
     "saved.pkl": lambda path, rows: torch.save(torch.from_numpy(rows), path),
     "dict.pickle": lambda path, rows: pickled(path, {"feats": rows, "rate": 25, "other": OTHER}),
+    "scalars.pkl": lambda path, rows: pickled(path, {"feats": rows, "rate": np.float32(25)}),
     "bare.csv": csv,
     "marked.csv": lambda path, rows: csv(path, rows, "\ufeff"),
     "headed.csv": lambda path, rows: csv(path, rows, ",".join(f"f{n}" for n in range(rows.shape[1])) + "\n"),
@@ -126,14 +128,68 @@ def test_what_is_no_feature_file_is_said_with_the_file_and_what_was_found(tmp_pa
 def test_a_small_file_does_not_get_memory_for_a_huge_array(tmp_path: Path) -> None:
     head = io.BytesIO()
     np.lib.format.write_array_header_1_0(head, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 4)})
-    for name, body, said in (("a.npz", head.getvalue(), "more than any"), ("b.npz", b"\x93NUMPY\1\0\2\0{(", "no .npz")):
+    for name, body, said in (("a.npz", head.getvalue(), "has 0 bytes"), ("b.npz", b"\x93NUMPY\1\0\2\0{(", "no .npz")):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             archive.writestr("feats.npy", body)
         with pytest.raises(TensorkeepError, match=rf"{name}(.|\n)*{said}"):
             read_features(tmp_path / name, 4)
-    (tmp_path / "b.npy").write_bytes(b"\x93NUMPY\1\0\2\0{(")
-    with pytest.raises(TensorkeepError, match="is no array that can be read"):
-        read_features(tmp_path / "b.npy", 4)
+    for name, body in (("b.npy", b"\x93NUMPY\1\0\2\0{("), ("c.npy", npy(10**30, 4)), ("d.npy", npy(-1, 4))):
+        (tmp_path / name).write_bytes(body)
+        with pytest.raises(TensorkeepError, match="is no array that can be read"):
+            read_features(tmp_path / name, 4)
+
+
+def npy(*shape: int) -> bytes:
+    text = repr({"descr": "<f4", "fortran_order": False, "shape": shape}).encode() + b"\n"
+    return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text
+
+
+def test_what_unpacks_to_far_more_than_its_file_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hdf5, "_LARGE", 1 << 20)
+    np.savez_compressed(tmp_path / "zeros.npz", feats=np.zeros((1 << 17, 4), np.float32))
+    with pytest.raises(TensorkeepError, match=r"zeros\.npz: feats\.npy: says it has 0\.0 GiB, of which \d+ bytes"):
+        count_features(tmp_path / "zeros.npz", 4)
+    np.savez_compressed(tmp_path / "noise.npz", np.random.default_rng(0).normal(size=(1 << 16, 4)))
+    assert count_features(tmp_path / "noise.npz", 4) == 1 << 16
+    for name, body, how, said in (
+        ("head.npz", b"\x93NUMPY\2\0" + (1 << 27).to_bytes(4, "little") + bytes(1 << 24), zipfile.ZIP_DEFLATED, "EOF"),
+        ("other.npz", npy(12, 4) + bytes(192), zipfile.ZIP_LZMA, "a way that numpy does not use"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w", how) as archive:
+            archive.writestr("feats.npy", body)
+        with pytest.raises(TensorkeepError, match=rf"{name}: is no \.npz(.|\n)*{said}"):
+            count_features(tmp_path / name, 4)
+
+
+def test_a_pipe_among_features_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("a.npy", "a.h5"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(TensorkeepError, match=rf"{name}: is no file"):
+            count_features(tmp_path / name, 4)
+
+
+def test_a_tables_first_row_is_names_only_where_it_has_some(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("0\n1\n2\n")  # a single column is no count of columns
+    assert count_features(tmp_path / "one.csv", 1) == 3
+    wide = ",".join(["-1.5e-05"] * 150_000)
+    (tmp_path / "wide.csv").write_text(f"{wide}\n{wide}\n")  # longer than a mebibyte
+    assert count_features(tmp_path / "wide.csv", 150_000) == 2
+
+
+def test_features_are_checked_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_checks, "_AT_ONCE", 8)  # two rows
+    rows = np.ones((7, 4), np.float32)
+    np.save(tmp_path / "a.npy", rows)
+    rows[6, 1] = 2
+    np.save(tmp_path / "b.npy", rows)
+    rows[4, 3] = np.nan
+    np.save(tmp_path / "c.npy", rows)
+    items, _ = find_items(truth("a", "b", "c"), "training", tmp_path, FeatureReader(4))
+    said = [(p.video, p.message) for p in feature_checks.check_features(make_clips(items, WINDOW, FeatureReader(4)))]
+    assert [video for video, _ in said] == ["a", "c"]
+    assert "all 28 numbers are 1" in said[0][1] and "at time step 4, channel 3" in said[1][1]
 
 
 def test_an_array_is_chosen_by_the_recipes_name(tmp_path: Path) -> None:
@@ -280,8 +336,18 @@ def test_an_hdf5_file_leads_nowhere_else(tmp_path: Path, h5py: Any) -> None:
         layout = h5py.VirtualLayout(ROWS.shape, "f4")
         layout[:] = h5py.VirtualSource(str(tmp_path / "secret.h5"), "feats", ROWS.shape)
         file.create_virtual_dataset("virtual", layout)
-    for name in ("link", "raw", "virtual"):
+        os.mkfifo(tmp_path / "pipe")
+        file["waits"] = h5py.ExternalLink(str(tmp_path / "pipe"), "/feats")
+        file["out"] = h5py.ExternalLink(str(tmp_path / "secret.h5"), "/")
+        file["around"] = h5py.SoftLink("/out/feats")
+        file["real"], file["alias"] = ROWS, h5py.SoftLink("/real")
+        file["turn"], file["none"] = h5py.SoftLink("/turn"), h5py.Empty("f4")
+    for name in ("link", "raw", "virtual", "waits", "around"):
         with pytest.raises(TensorkeepError, match="not followed"):
+            find_items(truth(name), "training", tmp_path / "all.h5", FeatureReader(4))
+    assert torch.equal(read_features(tmp_path / "all.h5" / "alias", 4), torch.from_numpy(ROWS.T))
+    for name, said in (("turn", "no turn in"), ("none", "holds no array of numbers")):
+        with pytest.raises(TensorkeepError, match=said):
             find_items(truth(name), "training", tmp_path / "all.h5", FeatureReader(4))
     (tmp_path / "cut.h5").write_bytes((tmp_path / "secret.h5").read_bytes()[:300])
     with pytest.raises(TensorkeepError, match=r"cut\.h5: is no HDF5 file that can be read"):

@@ -7,7 +7,9 @@ hold one video, or be all of a folder's files: FILE.h5/KEY is then the path of o
 
 from __future__ import annotations
 
+import io
 import math
+import stat
 import tokenize
 import warnings
 import zipfile
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tensorkeep.detection.data.hdf5 import CONTAINERS, container_of, open_hdf5
+from tensorkeep.detection.data.hdf5 import CONTAINERS, container_of, open_hdf5, refuse_packed
 from tensorkeep.detection.data.numpy_pickles import arrays_of, read_pickle
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import read
@@ -29,12 +31,14 @@ from tensorkeep.storage.files import explained
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".pkl", ".pickle", *CONTAINERS, ".csv")
 USUAL = "feats"  # the array's name in a file of several, as OpenTAD and ActionFormer have it
 _LARGEST = 1 << 32  # numbers of an array: a small file may say that it has more
+_HEAD = 1 << 16  # bytes in which an array's header lies
+_LINE = 1 << 26  # characters of a table's line
 Index = tuple[Any, ...]
 Array = NDArray[Any] | Tensor
 Opened = tuple[tuple[int, ...], Callable[[Index], Array]]  # a shape, and what reads the part at an index
 _REAL = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8")  # dtypes of tensors that may be features
 _ERRORS = (  # of numpy and of zip archives, about files that are damaged or none of theirs
-    *(ValueError, EOFError, SyntaxError, TypeError, MemoryError, KeyError, RuntimeError, NotImplementedError),
+    *(ValueError, EOFError, SyntaxError, TypeError, MemoryError, KeyError, RuntimeError, OverflowError),
     *(zlib.error, zipfile.BadZipFile, tokenize.TokenError),  # numpy reads an old header as Python's words
 )
 
@@ -67,6 +71,8 @@ def open_array(path: str | Path, key: str | None = None) -> Stored:
     """
     path = Path(path)
     with explained(path):
+        if not stat.S_ISREG(file_of(path).stat().st_mode):  # a pipe would be waited for
+            raise TensorkeepError("is no file", where=path, hint="features are read from files alone")
         arrays = _opener(path)(path)
     shape, take = arrays[_chosen(list(arrays), key, path)]
     if math.prod(shape) > _LARGEST:
@@ -120,6 +126,10 @@ def _chosen(names: Sequence[str], key: str | None, where: object) -> str:
 def _npy(path: Path) -> dict[str, Opened]:
     """Map an `.npy` file into memory."""
     try:
+        with path.open("rb") as file:
+            start = file.read(_HEAD)
+        if start[:2] != b"PK":
+            _header(start)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except _ERRORS as error:
         raise TensorkeepError(f"is no array that can be read: {_first(error)}", where=path) from error
@@ -142,7 +152,7 @@ def _npz(path: Path) -> dict[str, Opened]:
     def of(name: str) -> Callable[[Index], Array]:
         def take(index: Index) -> Array:
             try:
-                with np.load(path, allow_pickle=False) as archive:
+                with explained(path), np.load(path, allow_pickle=False) as archive:
                     array: NDArray[Any] = archive[name]
             except _ERRORS as error:
                 raise TensorkeepError(f"{name} cannot be read: {_first(error)}", where=path) from error
@@ -154,12 +164,28 @@ def _npz(path: Path) -> dict[str, Opened]:
 
 
 def _head(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Return shape and dtype of an entry."""
-    with archive.open(name) as file:
-        version = np.lib.format.read_magic(file)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _fortran, dtype = reader(file)
+    """Return shape and dtype of an entry, which has as many bytes as they say."""
+    entry = archive.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that numpy does not use")
+    with archive.open(entry) as file:
+        shape, dtype, begin = _header(file.read(_HEAD))
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.kind in "fiu" and size > entry.file_size - begin:
+        raise ValueError(f"{name} says its shape is {shape}, and has {entry.file_size - begin} bytes")
+    refuse_packed(size, entry.compress_size, f"{archive.filename}: {name}")
     return shape, dtype
+
+
+def _header(start: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """Return shape and dtype that the start of an `.npy` says, and where its numbers begin."""
+    file = io.BytesIO(start)  # a header says how long it is, which may be gigabytes
+    version = np.lib.format.read_magic(file)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _fortran, dtype = reader(file)
+    if any(length < 0 for length in shape):
+        raise ValueError(f"its shape is {shape}")
+    return shape, dtype, file.tell()
 
 
 def _first(error: BaseException) -> str:
@@ -191,12 +217,15 @@ def _csv(path: Path) -> dict[str, Opened]:
     """Read a table of numbers, whose first line may name its columns."""
     how: dict[str, Any] = {"delimiter": ",", "ndmin": 2, "comments": None, "encoding": "utf-8-sig"}
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        first = file.readline(1 << 20).strip().split(",")
+        line = file.readline(_LINE)
+    if len(line) == _LINE:
+        raise TensorkeepError(f"is no table of numbers: its first line has {_LINE} characters or more", where=path)
+    first = line.strip().split(",")
     try:
         numbers = [float(cell) for cell in first]
     except ValueError:
         numbers = []
-    named = not numbers or numbers == list(range(len(first)))
+    named = not numbers or (len(first) > 1 and numbers == list(range(len(first))))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a table without rows, which is told as its shape

@@ -22,6 +22,7 @@ _ALLOWED = tuple(
     for module, name in (
         *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
         *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+        *((f"numpy.{core}.multiarray", "scalar") for core in ("core", "_core")),  # a rate beside the array, say
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
         ("_codecs", "encode"),
