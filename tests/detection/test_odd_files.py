@@ -14,6 +14,7 @@ import av
 
 from tensorkeep.detection.data.containers import frame_table, probe, shown_times
 from tensorkeep.detection.data.features import count_features, read_features
+from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.sheets import read_sheet
 from tensorkeep.detection.data.video import decode
@@ -167,3 +168,46 @@ def test_a_table_that_puts_a_video_in_two_subsets_is_named_by_its_file(tmp_path)
     path.write_text("video,start,end,label,split\na,1,2,hop,train\na,3,4,hop,val\n")
     with pytest.raises(TensorkeepError, match=r"times\.csv: row 3: 'a' is in 'val', above in 'train'"):
         read_sheet(path)
+
+
+def test_a_frame_of_a_transport_stream_is_decoded_from_its_keyframe_on(tmp_path: Path) -> None:
+    """FFmpeg searches one by times of decoding, and MPEG-4 is decoded, wrongly, from any picture on."""
+    path = film(tmp_path / "a.ts", b_frames=2)
+    read_as_played(path)
+    frames = len(frame_table(path).pts)
+    alone = [number_of(decode(path, [index])[0]) for index in range(frames)]
+    assert alone == list(range(frames))
+
+
+@pytest.mark.parametrize(("codes", "brightest"), [("optimal", 1), ("default", 1), ("default", 256)])
+def test_jpegs_one_after_the_other_are_a_video_and_black_ones_are_whole(
+    tmp_path: Path, codes: str, brightest: int
+) -> None:
+    """An encoder that counts how often each code is used writes areas of one colour as zeros."""
+    path, pixels = tmp_path / "a.mjpeg", np.random.default_rng(0).integers(0, brightest, (480, 640, 3), np.uint8)
+    with av.open(str(path), "w", format="mjpeg") as out:
+        stream = out.add_stream("mjpeg", rate=25, options={"huffman": codes})
+        stream.width, stream.height, stream.pix_fmt = 640, 480, "yuvj420p"
+        stream.codec_context.thread_count = 1  # others have no codes of their own
+        for _ in range(5):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        out.mux(stream.encode(None))
+    assert (bytes(512) in path.read_bytes()) == (codes == "optimal")
+    assert (probe(path).frames, probe(path).problem) == (5, None)
+
+
+def test_an_empty_packet_within_a_file_does_not_end_it(tmp_path: Path) -> None:
+    """Theora has one for a picture that stays, and FFmpeg's decoders take it for the end."""
+    frames = 0
+    with av.open(str(film(tmp_path / "a.mkv", b_frames=0))) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_type = "NONE"
+        hear = decoder(stream)
+        for packet in container.demux(stream):
+            empty = av.Packet()
+            empty.stream, empty.dts = stream, packet.dts
+            for one in (empty, packet) if packet.size else (packet,):
+                heard = hear(one)
+                frames += len(heard.frames)
+                assert heard.failed is None
+    assert frames == 40

@@ -27,6 +27,7 @@ _PARTITION = bytes.fromhex("060e2b34020501010d010201")  # of MXF; what follows s
 _FOOTER = 24  # bytes from the start of a partition's fields to the place of the footer
 _HEAD = 65536
 _ZEROS = 512  # in a row are no part of H.264, HEVC and JPEG
+_CODES = 0xC4  # JPEG's mark of a table of codes
 _DV_BLOCK = 12_000  # bytes of a sequence of DV, which begins with a header
 _EIGHT = 8  # bytes of a chunk's head
 _SLACK = 16  # bytes by which headers are wrong of files that are whole
@@ -158,7 +159,20 @@ def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
 def _whole_jpeg(picture: bytes) -> bool:
     """Return whether a picture has its end, and no zeros in place of its contents."""
     end = picture.rfind(b"\xff\xd9")
-    return not picture or (end >= 0 and bytes(_ZEROS) not in picture[:end])
+    return not picture or (end >= 0 and (bytes(_ZEROS) not in picture[:end] or _zeros_are_flat(picture)))
+
+
+def _zeros_are_flat(picture: bytes) -> bool:
+    """Return whether zeros stand for an area of one colour in a picture's codes: encoders may choose them by use."""
+    place, codes = picture.find(b"\xff\xd8") + 2, list[int]()
+    while picture[place : place + 1] == b"\xff" and picture[place + 1 : place + 2] not in (b"\xda", b""):
+        end = place + 2 + int.from_bytes(picture[place + 2 : place + 4], "big")
+        at = place + 4 if picture[place + 1] == _CODES else end
+        while at + 17 < end:
+            codes.append(picture[at + 17])  # the first of a table's is all zeros; 0 is no change, or no more of a block
+            at += 17 + sum(picture[at + 1 : at + 17])
+        place = max(end, place + 2)
+    return bool(codes) and not any(codes)
 
 
 def _pages(data: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:

@@ -77,6 +77,7 @@ class FrameTable(NamedTuple):
         step: seconds for which the last frame is shown.
         lost: how the file is cut short or damaged, a sentence each.
         notes: what else is odd about its times.
+        key_dts: [K] when each keyframe is decoded, of a transport stream, which FFmpeg searches by that; else empty.
     """
 
     pts: NDArray[np.int64]
@@ -86,6 +87,7 @@ class FrameTable(NamedTuple):
     step: float
     lost: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    key_dts: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> NDArray[np.float64]:
@@ -96,6 +98,10 @@ class FrameTable(NamedTuple):
     def at(self, frame: int) -> float:
         """Return when a frame is shown, in seconds after the first picture."""
         return float(self.pts[frame] - self.pts[0]) * self.time_base
+
+    def place(self, key: int) -> int:
+        """Return the time by which a container finds a keyframe, by its number."""
+        return int(self.key_dts[key] if self.key_dts else self.key_pts[key])
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -207,9 +213,13 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
     if not plain or len(set(times)) != len(shown) or not shown:
         table = _counted_table(path, unit, rate, [row.dts for row in rows if row.dts is not None], bool(restarts))
     else:
-        keys = sorted(row.pts for row in rows if row.key and row.pts is not None) or [min(times)]
+        keys = sorted(
+            (row.pts, row.pts if row.dts is None else row.dts) for row in rows if row.key and row.pts is not None
+        )
         pts = np.sort(np.array(times, dtype=np.int64))
-        table = FrameTable(pts, np.array(keys, dtype=np.int64), unit, False, _last_step(pts, unit, rate))
+        key_pts = np.array([shown for shown, _ in keys] or [min(times)], dtype=np.int64)
+        key_dts = tuple(decoded for _, decoded in keys) if kind == "mpegts" else ()
+        table = FrameTable(pts, key_pts, unit, False, _last_step(pts, unit, rate), key_dts=key_dts)
     lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
     lost = (*table.lost, *lost)
     return table._replace(lost=(*lost, *_beyond(path, kind, table, rows, failed, lost)), notes=notes)

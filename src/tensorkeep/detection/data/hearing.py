@@ -53,6 +53,8 @@ def decoder(stream: Any, *, from_start: bool = False) -> Callable[[Any], Heard]:
     alone = context.thread_count == 1 and context.thread_type.name == "NONE"
 
     def decoded(packet: Any) -> Heard:
+        if not packet.size and packet.dts is not None:  # Theora's for a picture that stays: FFmpeg takes it for the end
+            return Heard([], None, False)
         words: list[tuple[int, str, str]] = []
         frames, failed = [], None
         try:

@@ -74,7 +74,7 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     opening = True
     with explained(path):
         try:
-            with av.open(f"file:{Path(path).absolute()}", options=_ALLOWED) as container:
+            with av.open(f"file:{Path(path).absolute()}", format=_bare_jpegs(path), options=_ALLOWED) as container:
                 opening = False
                 yield container, _stream_of(container, path, threads)
         except av.error.FFmpegError as error:
@@ -91,6 +91,14 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
             what = f"cannot be read as a video: {error.strerror}"
             what += f"; formats that are read: {_READ}" if opening else ""
             raise TensorkeepError(what, where=path, hint=MEND) from None
+
+
+def _bare_jpegs(path: str | Path) -> str | None:
+    """Return FFmpeg's name for JPEG pictures one after the other, which it takes for a single one otherwise."""
+    if Path(path).suffix.lower() not in (".mjpg", ".mjpeg"):
+        return None
+    with Path(path).open("rb") as file:
+        return "mjpeg" if file.read(3) == b"\xff\xd8\xff" else None
 
 
 def _stream_of(container: Any, path: str | Path, threads: int) -> Any:

@@ -276,7 +276,7 @@ def _reach(
     skips = not simple and stream.codec_context.name in _DISPOSABLE
     for key, run in runs:
         if key >= 0:
-            container.seek(int(table.key_pts[key]), stream=stream, backward=True)
+            container.seek(table.place(key), stream=stream, backward=True)
         since = int(table.key_pts[key]) if key > 0 else None
         wanted = {index if table.counted else int(table.pts[index]): index for index in run}
         place, damaged = 0, False
