@@ -349,9 +349,11 @@ def test_an_hdf5_file_leads_nowhere_else(tmp_path: Path, h5py: Any) -> None:
     for name, said in (("turn", "no turn in"), ("none", "holds no array of numbers")):
         with pytest.raises(TensorkeepError, match=said):
             find_items(truth(name), "training", tmp_path / "all.h5", FeatureReader(4))
-    (tmp_path / "cut.h5").write_bytes((tmp_path / "secret.h5").read_bytes()[:300])
-    with pytest.raises(TensorkeepError, match=r"cut\.h5: is no HDF5 file that can be read"):
-        read_features(tmp_path / "cut.h5", 4)
+    whole = (tmp_path / "secret.h5").read_bytes()
+    for body in (whole[:300], whole.replace(b"HEAP", b"HEAT"), whole.replace(b"SNOD", b"SNOB")):
+        (tmp_path / "cut.h5").write_bytes(body)
+        with pytest.raises(TensorkeepError, match=r"cut\.h5: is no HDF5 file that can be read"):
+            read_features(tmp_path / "cut.h5", 4)
 
 
 def test_without_h5py_such_a_file_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,10 @@ h5py is no dependency: it is asked for where such a file is met. What lies outsi
 
 from __future__ import annotations
 
+import contextlib
 import math
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -82,8 +83,9 @@ def _taking(file: Path, name: str) -> Callable[[Any], Any]:
     return take
 
 
-def _opened(file: Path) -> Any:
-    """Open a file for reading."""
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file for reading; what h5py stumbles over in it is told as damage."""
     try:
         import h5py
     except ImportError as error:
@@ -93,10 +95,11 @@ def _opened(file: Path) -> Any:
         if not stat.S_ISREG(file.stat().st_mode):  # a pipe would be waited for
             raise TensorkeepError("is no file", where=file, hint="features are read from files alone")
         file.open("rb").close()
-        try:
-            return h5py.File(file, "r")
-        except _ERRORS as error:
-            raise TensorkeepError(f"is no HDF5 file that can be read: {error}", where=file) from error
+    try:
+        with h5py.File(file, "r") as opened:
+            yield opened
+    except _ERRORS as error:
+        raise TensorkeepError(f"is no HDF5 file that can be read: {error}", where=file) from error
 
 
 def _get(opened: Any, name: str, file: Path) -> Any:
