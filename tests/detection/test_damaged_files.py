@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ pytest.importorskip("av")
 
 import av
 
+from tensorkeep.detection.data import hearing
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import opened
@@ -205,3 +208,13 @@ def test_what_a_decoder_mends_in_silence_is_heard_and_nothing_else_is_logged(tmp
     with opened(path, threads=0) as (container, stream):  # a decoder with threads of its own is not listened to
         hear = decoder(stream)
         assert not any(hear(packet).complained for packet in container.demux(stream))
+
+
+def test_a_loaders_process_that_is_made_while_a_thread_listens_does_not_wait_for_it(tmp_path):
+    path = film(tmp_path / "a.mp4")
+    with hearing._lock:  # a decoding thread's, at the moment of an evaluation's fork
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(0 if len(decode(path, [3, 30])) == 2 else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -8,6 +8,7 @@ dropped, as it is outside. Needs PyAV (`pip install tensorkeep[detection]`).
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -107,3 +108,14 @@ class _Listening:
             if not _inside:
                 self.logging.set_level(level)
                 self.logging.set_skip_repeated(skipping)
+
+
+def _begin_anew() -> None:
+    """In a forked process: nobody listens, whatever other threads did when it was made."""
+    global _lock
+    _lock = threading.Lock()
+    _inside.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
