@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.offload import HostStore, Offload, _dense
 from tests.gpu import DEVICES, needs_gpu
 
@@ -60,13 +63,13 @@ def test_outputs_and_gradients_are_bitwise_the_same_step_after_step(device: str)
 
 
 class Noisy(Block):
-    """Saves its input, drops some of it, and returns a pair, as some decoders do; counts its forwards."""
+    """Saves its input, which its gradient needs, drops some, and returns a pair; counts its forwards."""
 
     forwards = 0
 
     def forward(self, x: Tensor) -> Any:
         self.forwards += 1
-        return super().forward(x * nn.functional.dropout(torch.ones_like(x, requires_grad=True), 0.3)), None
+        return super().forward(nn.functional.dropout(x.sin(), 0.3)), None
 
 
 def _placed(blocks: Any, offload: Offload, device: str, apart: int | None = None) -> list[Tensor]:
@@ -80,7 +83,7 @@ def _placed(blocks: Any, offload: Offload, device: str, apart: int | None = None
             with offload.saving({p.data_ptr() for p in block.parameters()}, None, place):
                 given = block(taken)
             if place is not None:
-                place.stretch.add(block, given)
+                place.done(block, given)
             out = given[0]
     out.square().sum().backward()
     grads = [x.grad, *(p.grad for block in blocks for p in block.parameters())]
@@ -103,6 +106,100 @@ def test_inputs_that_are_made_again_give_the_same_bits(device: str, apart: int |
         # stretches begin at 0, 3, 6; something else between two parts begins one, too: at 0, 2, 5
         ends = {None: (2, 5, 6), 2: (1, 4, 6)}[apart]
         assert [b.forwards for b in blocks] == [1 if index in ends else 2 for index in range(7)]
+
+
+class Turned(nn.Module):
+    """Saves its input as it is, and turned: the same place, shape and dtype, but other strides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() @ x.T
+
+
+def _chained(parts: list[Callable[[Tensor], Any]], every: int, between: Callable[[int], Any]) -> list[Tensor]:
+    """Output and gradient of parts, each of which may keep its input."""
+    torch.manual_seed(0)
+    offload, out = Offload(every=every), (x := torch.randn(64, 64, requires_grad=True))
+    for index, part in enumerate(parts):
+        between(index)
+        with torch.autocast("cpu", torch.bfloat16, enabled=index != 1):
+            place = offload.place(out)
+            with offload.saving((), None, place):
+                given = part(out)
+        if place is not None:
+            place.done(part, given)
+        out = given if isinstance(given, Tensor) else given[0]
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    return [out.detach(), grad]
+
+
+CHAINS: dict[str, Callable[[], list[Callable[[Tensor], Any]]]] = {
+    "some without autocast": lambda: [Noisy(), Noisy(), Noisy(), Noisy()],
+    "first ones that save no input": lambda: [nn.Identity(), nn.Identity(), torch.sin, torch.exp, torch.sin],
+    "turned inputs": lambda: [Turned(), Turned(), Turned()],
+    "one part many times": lambda: [Noisy()] * 4,
+}
+
+
+@pytest.mark.parametrize("draw", [False, True])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_what_is_made_again_is_what_was_there_whatever_lies_between(chain: str, draw: bool) -> None:
+    parts = CHAINS[chain]()
+    between = (lambda index: torch.rand(index)) if draw else lambda index: None
+    for one, other in zip(_chained(parts, 1, between), _chained(parts, 4, between)):
+        assert torch.equal(one, other)
+
+
+def test_a_part_that_failed_and_is_tried_again_drew_its_own_random_numbers() -> None:
+    parts = [Noisy() for _ in range(4)]
+    made: list[Tensor] = []
+    for every in (1, 4):
+        offload = Offload(every=every)
+        torch.manual_seed(0)
+        out = x = torch.randn(64, 64, requires_grad=True)
+        for part in parts:
+            with pytest.raises(RuntimeError, match="must match"), offload.saving((), None, offload.place(out)):
+                torch.rand(5) + nn.functional.dropout(out)
+            place = offload.place(out)
+            with offload.saving((), None, place):
+                given = part(out)
+            if place is not None:
+                place.done(part, given)
+            out = given[0]
+        made += torch.autograd.grad(out.square().sum(), x)
+    assert len(made) == 2 and torch.equal(made[0], made[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [8, 8192])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_saved_tensor_that_is_changed_in_place_is_an_error_as_it_is_without_offloading(
+    every: int, rows: int, device: str
+) -> None:
+    offload, x = Offload(every=every), torch.randn(rows, 64, device=device, requires_grad=True)
+    taken = x * 1
+    with offload.saving((), None, offload.place(taken)):
+        out = taken.sin()
+    taken.detach().mul_(2)
+    with pytest.raises(TensorkeepError, match="was changed in place after it was saved"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_forward_without_a_backward_leaves_nothing(every: int) -> None:
+    """An output that is saved must not hold the graph that saves it."""
+    offload, out = Offload(every=every), torch.randn(8, 64, requires_grad=True)
+    parts, gone = [nn.Softmax(-1), nn.Sigmoid(), Block(), nn.ReLU()], []
+    for part in parts:
+        place = offload.place(out)
+        with offload.saving((), None, place):
+            given = part(out)
+        if place is not None:
+            place.done(part, given)
+        out = given
+        gone.append(weakref.ref(given))
+    del out, given, place
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 4
 
 
 @needs_gpu

@@ -30,6 +30,7 @@ import tensorkeep.language._documents
 import tensorkeep.language._gated_float8
 import tensorkeep.quantization.linear  # noqa: F401  these register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.training._again import alone
 from tensorkeep.training.offload import Offload
 
 Kept = Literal["input", "start", "attention", "queries", "narrow", "products", "all"]
@@ -107,8 +108,8 @@ class Lean(nn.Module):
         with self.offload.saving({t.data_ptr() for t in shared}, largest, place):
             out = self._run(run, wanted, args, kwargs)
         if place is not None:
-            others = args[1:]  # without the input, which is not to be kept
-            place.stretch.add(lambda x: self._run(run, wanted, (x, *others), kwargs), out)
+            others, named = alone(args[1:]), alone(kwargs)  # without the input, which is not to be kept
+            place.done(lambda x: self._run(run, wanted, (x, *others), named), out)
         return out
 
     def _run(self, run: Any, wanted: Kept, args: Any, kwargs: Any) -> Any:

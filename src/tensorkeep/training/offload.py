@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,19 @@ def _no_memory(size: int, why: str) -> TensorkeepError:
     return TensorkeepError(what, where="offload", hint=hint)
 
 
+class _Here(NamedTuple):
+    """One tensor that stays where it is; without its graph, since an output would keep itself alive by that."""
+
+    x: Tensor
+    version: int
+
+    def back(self) -> Tensor:
+        """Return it, unless it was changed in place: with hooks torch itself does not look."""
+        if self.x._version != self.version:
+            raise _changed(self.x.shape)
+        return self.x
+
+
 class _Away:
     """One tensor in main memory, given back to the store when nothing refers to it any more."""
 
@@ -101,7 +114,8 @@ class _Away:
         self.store, self.part, self.device = store, part, x.device
         self.form = (x.dtype, x.shape, x.stride())
         self.buffer = store.take(x.nbytes)
-        self.here: Tensor | None = x  # on the GPU: on its way out, or back
+        self.here: Tensor | None = _alone(x)  # on the GPU: on its way out, or back
+        self.version, self.changed = x._version, False
         self.event = store.copy(self._host(), x, x.device)
 
     def _host(self) -> Tensor:
@@ -110,7 +124,8 @@ class _Away:
         return flat.as_strided(shape, stride)
 
     def leave(self) -> None:
-        """Let the GPU's copy go once it has left."""
+        """Let the GPU's copy go once it has left; what was changed in place by then may have left so."""
+        self._look()
         torch.cuda.current_stream(self.device).wait_event(self.event)
         self.here = None
 
@@ -120,6 +135,10 @@ class _Away:
             dtype, shape, stride = self.form
             self.here = torch.empty_strided(shape, stride, dtype=dtype, device=self.device)
             self.event = self.store.copy(self.here, self._host(), self.device)
+            self.version = self.here._version
+
+    def _look(self) -> None:
+        self.changed = self.changed or (self.here is not None and self.here._version != self.version)
 
     def back(self) -> Tensor:
         """Return the tensor on the GPU."""
@@ -128,6 +147,9 @@ class _Away:
             self.part.before.fetch()
         self.fetch()  # a second backward through the same graph
         assert self.here is not None
+        self._look()
+        if self.changed:
+            raise _changed(self.form[1])
         torch.cuda.current_stream(self.device).wait_event(self.event)
         found, self.here = self.here, None
         return found
@@ -181,7 +203,7 @@ class Offload:
         return Offload, (self.store.most, self.every)
 
     def place(self, x: Tensor) -> Place | None:
-        """Place a part whose input is `x` behind those before it; None where every part keeps its own."""
+        """Place a part, now to compute on `x`, behind those before it; None where every part keeps its own."""
         if self.every == 1:
             return None
         stretch = self._stretch()
@@ -203,9 +225,9 @@ class Offload:
     def _away(self, part: _Part, x: Tensor) -> Any:
         """Send a tensor to main memory where it is of a kind that goes there and there is room."""
         if not (x.nbytes >= SMALLEST and x.is_cuda and x.is_floating_point() and _dense(x)):
-            return x
+            return _Here(_alone(x), x._version)
         if not self.store.fits(x.nbytes):
-            return x
+            return _Here(_alone(x), x._version)
         away = _Away(self.store, part, x)
         part.saved.add(away)
         return away
@@ -231,18 +253,33 @@ class Offload:
                     place.stretch.first = self._away(part, x)
                 return place
             if x.data_ptr() in staying or (largest is not None and x.nbytes > largest):
-                return x
+                return _Here(_alone(x), x._version)
             return self._away(part, x)
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _found):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, _found):
+                yield
+        finally:
+            if place is not None:
+                place.leave()
         if before is not None:
             before.leave()
 
 
-def _found(kept: Any) -> Any:
+def _found(kept: _Here | _Away | Place) -> Tensor:
     """Return a tensor that was kept, from wherever it is."""
-    return kept.back() if isinstance(kept, _Away | Place) else kept
+    return kept.back()
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a tensor without the graph that it came of; it is changed where the other is."""
+    return x if x.grad_fn is None else x.detach()
+
+
+def _changed(shape: torch.Size) -> TensorkeepError:
+    """Make the error for a saved tensor that is not what it was."""
+    what = f"a tensor of {tuple(shape)} that a backward pass needs was changed in place after it was saved"
+    return TensorkeepError(what, where="offload", hint="change a copy of it: hidden = hidden * 2, not hidden *= 2")
 
 
 def _dense(x: Tensor) -> bool:
