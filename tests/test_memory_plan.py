@@ -11,7 +11,7 @@ from torch import nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.language._memory import arrange, fitted
-from tensorkeep.language._memory_plan import GIB, LONG, Sizes, Way, kept, main_memory, needed, planned, said
+from tensorkeep.language._memory_plan import GIB, LONG, Plan, Sizes, Way, kept, main_memory, needed, planned, said
 from tensorkeep.language._recompute import Lean, lean
 from tensorkeep.language.job import build, loop_of
 from tensorkeep.language.recipe_text import language_recipe
@@ -94,6 +94,21 @@ def test_rows_of_more_numbers_than_were_seen_to_train_are_refused() -> None:
         planned(LLAMA, 1, (1 << 19) + 1, 137 * GIB, HOST)
     assert e.value.where == "data.length"
     assert planned(LLAMA, 4, 1 << 18, 137 * GIB, HOST).micro == 2
+
+
+@pytest.mark.parametrize("length", [2048, 65536, 131072, 250000])
+@pytest.mark.parametrize("host", [0, 8, 64, 4000])
+def test_nothing_is_refused_that_fits_by_making_more_again(length: int, host: int) -> None:
+    """Where main memory has room for attention's outputs, layers may still have to make them again."""
+    wide = LLAMA._replace(hidden=5120, queries=8192)
+    for every in (1, 4):
+        limit = Plan(1, way := Way(0, "start", host * GIB, True, every), needed(wide, length, way), 0).total
+        assert planned(wide, 1, length, limit, host * GIB).total <= limit
+
+
+def test_a_plan_of_no_samples_ends() -> None:
+    with pytest.raises(TensorkeepError, match="are needed at the least"):
+        planned(LLAMA, 0, 2048, GIB, HOST)
 
 
 def test_what_cannot_fit_is_refused_with_what_it_needs() -> None:

@@ -151,8 +151,8 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
     """
     longest = _NUMBERS // max(sizes.hidden, sizes.queries)
     if length > longest:
-        what = f"rows of {length} tokens are too long: from {longest} on gradients are NaN on a GPU"
-        raise TensorkeepError(what, where="data.length", hint=f"a data.length of {longest} at most")
+        what = f"rows of {length} tokens are too long: {longest} were seen to train, twice as many gave NaN"
+        raise TensorkeepError(what, where="data.length", hint=f"{longest} tokens of a row at most (of a pair, for dpo)")
     least: Plan | None = None
     micro = min(samples, longest // length)
     while True:
@@ -163,7 +163,7 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
             if plan.total <= limit:
                 return plan
             least = plan if least is None or plan.total < least.total else least
-        if micro == 1:
+        if micro <= 1:
             break
         micro = -(-micro // 2)
     assert least is not None
@@ -178,8 +178,8 @@ def _ways(sizes: Sizes, tokens: int, host: int, alone: bool) -> list[Way]:
     fits = [level for level in levels if sizes.layers * kept(sizes, tokens, level) <= host]
     level = fits[0] if fits else "start"
     ways = [Way(sizes.layers, None), *(Way(wide, level, host, True) for wide in range(sizes.layers, -1, -1))]
-    if level == "start" and alone:  # one more forward, where not even one sample fits otherwise
-        ways += [Way(0, level, host, True, every) for every in _STRETCHES]
+    if alone:  # attention again, then one more forward, where not even one sample fits otherwise
+        ways += [Way(0, "start", host, True, every) for every in ((1,) if level != "start" else ()) + _STRETCHES]
     return ways
 
 
