@@ -30,7 +30,6 @@ import tensorkeep.language._documents
 import tensorkeep.language._gated_float8
 import tensorkeep.quantization.linear  # noqa: F401  these register the operations that stand for their products
 from tensorkeep.errors import TensorkeepError
-from tensorkeep.training._again import alone
 from tensorkeep.training.offload import Offload
 
 Kept = Literal["input", "start", "attention", "queries", "narrow", "products", "all"]
@@ -108,8 +107,7 @@ class Lean(nn.Module):
         with self.offload.saving({t.data_ptr() for t in shared}, largest, place):
             out = self._run(run, wanted, args, kwargs)
         if place is not None:
-            others, named = alone(args[1:]), alone(kwargs)  # without the input, which is not to be kept
-            place.done(lambda x: self._run(run, wanted, (x, *others), named), out)
+            place.done(lambda *args, **kwargs: self._run(run, wanted, args, kwargs), out, args[1:], kwargs)
         return out
 
     def _run(self, run: Any, wanted: Kept, args: Any, kwargs: Any) -> Any:

@@ -8,14 +8,16 @@ others are there only while the backward is in their stretch: L / n + n - 1 inpu
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Step = Callable[[Tensor], Any]
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Found(NamedTuple):
@@ -106,22 +108,32 @@ class Place:
         """Let the input go: the layer has computed, or failed."""
         self._x = None
 
-    def done(self, step: Step, out: Any) -> None:
-        """Note what the layer gave, and how that is made of its input."""
-        self.stretch.add(self._around, step, out)
+    def done(
+        self, step: Callable[..., Any], out: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = _NONE
+    ) -> None:
+        """Note what the layer gave, and how that is made of its input.
+
+        Args:
+            step: the layer.
+            out: what it gave: the next one's input, alone or as the first of several.
+            args: what it took besides its input.
+            kwargs: the same by name.
+        """
+        others, named = _alone(tuple(args)), _alone(dict(kwargs))
+        self.stretch.add(self._around, lambda x: step(x, *others, **named), out)
 
     def back(self) -> Tensor:
         """Return the input."""
         return self.stretch.input(self.position)
 
 
-def alone(value: Any) -> Any:
+def _alone(value: Any) -> Any:
     """Return arguments without the graph that tensors in them came of: kept in that graph, they would keep it."""
     if isinstance(value, Tensor):
         return value if value.grad_fn is None else value.detach().requires_grad_()
     if isinstance(value, dict):
-        return {key: alone(one) for key, one in value.items()}
-    return type(value)(map(alone, value)) if type(value) in (list, tuple) else value
+        return {key: _alone(one) for key, one in value.items()}
+    return type(value)(map(_alone, value)) if type(value) in (list, tuple) else value
 
 
 def _state(out: Any) -> Tensor:

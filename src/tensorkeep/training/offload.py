@@ -203,7 +203,14 @@ class Offload:
         return Offload, (self.store.most, self.every)
 
     def place(self, x: Tensor) -> Place | None:
-        """Place a part, now to compute on `x`, behind those before it; None where every part keeps its own."""
+        """Place a part behind those before it.
+
+        Args:
+            x: its input; it is to compute now.
+
+        Returns:
+            The place; None where every part keeps its own input.
+        """
         if self.every == 1:
             return None
         stretch = self._stretch()
