@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import json
 import shutil
 import socket
@@ -236,6 +237,38 @@ def test_an_entry_of_another_signature_that_the_log_does_hold_is_refused(
     ]
     with refused("F03", "log entry signatures do not match"):
         check_signature(b"{}", json.dumps(again).encode(), believed, "here")
+
+
+ENDED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "authority": lambda root: root["certificateAuthorities"][0],  # type: ignore[no-any-return]
+    "log": lambda root: root["tlogs"][0]["publicKey"],  # type: ignore[no-any-return]
+    "log of certificates": lambda root: root["ctlogs"][0]["publicKey"],  # type: ignore[no-any-return]
+}
+
+
+@pytest.mark.parametrize("what", ENDED)
+def test_an_authority_or_a_log_is_believed_for_the_time_that_it_was_valid(
+    what: str, service: Service, keys: Keys, tmp_path: Path
+) -> None:
+    """sigstore itself believes it for ever: who took a key that is not used any more could sign with it today."""
+    trust, place = service.trust(), tmp_path / "trust.json"
+    ENDED[what](trust["trustedRoot"])["validFor"] = {"start": "2020-01-01T00:00:00Z", "end": "2021-06-01T00:00:00Z"}
+    place.write_text(json.dumps(trust))
+    believed = Trust(identity=WHO, issuer=ISSUER, trust_config=place)
+    then, now = (json.dumps(service.bundle(payload_of(b"{}", keys), when)).encode() for when in (LONG_AGO, None))
+    assert check_signature(b"{}", then, believed, "here") == WHO
+    with refused("F03", f"trusts no {what} that was valid on {NOW.date()}"):
+        check_signature(b"{}", now, believed, "here")
+
+
+def test_a_signature_of_no_file_is_none_of_this_one(service: Service, keys: Keys, tmp_path: Path) -> None:
+    """What a signature leaves out is in it: one that leaves out all would be a signature of every statement."""
+    said = json.loads(payload_of(b"{}", keys))
+    said["predicate"]["serialization"]["ignore_paths"] = ["."]
+    said["predicate"]["resources"], said["subject"][0]["digest"]["sha256"] = [], hashlib.sha256().hexdigest()
+    believed = Trust(identity=WHO, issuer=ISSUER, trust_config=service.write_trust(tmp_path / "trust.json"))
+    with refused("F03", "is not a signature of one file"):
+        check_signature(b"{}", json.dumps(service.bundle(json.dumps(said).encode())).encode(), believed, "here")
 
 
 def test_what_is_no_trust_configuration_is_said(signed: Path, capsys: pytest.CaptureFixture[str]) -> None:

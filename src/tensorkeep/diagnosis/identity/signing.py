@@ -7,10 +7,13 @@ that one which has expired since is refused here.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
 import datetime
 import hashlib
 import io
+import json
 import socket
 import tempfile
 import urllib.request
@@ -151,14 +154,18 @@ def check_signature(statement: bytes, signature: bytes, trust: Trust, where: obj
                 raise TensorkeepError(what, where="--issuer", hint="--issuer https://accounts.google.com, ...")
             if trust.trust_config is None:
                 _reached("signatures by --key and --certificate need no network, nor do those with a --trust-config")
-            service = _service(trust.trust_config, place)
+            service = _service(trust.trust_config, place, _logged(material))
             config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer, trust_config=service)
         config.verify(place, bundle)
+    _refuse_none(parse_json(signature, where)["dsseEnvelope"], where)
     return who
 
 
-def _service(given: Path | None, place: Path) -> Path | None:
-    """Return a trust configuration that is one, as a file that stays as it was read; None for the public service."""
+def _service(given: Path | None, place: Path, when: datetime.datetime | None = None) -> Path | None:
+    """Return a trust configuration that is one, as a file that stays as it was read; None for the public service.
+
+    With a time, authorities and logs that were not valid then are left out: sigstore believes them for ever.
+    """
     if given is None:
         return None
     from sigstore.models import ClientTrustConfig
@@ -172,8 +179,38 @@ def _service(given: Path | None, place: Path) -> Path | None:
         what = f"is no trust configuration: {_short(error)}"
         raise TensorkeepError(what, where=given, code="F07", hint=hint) from None
     copy = place.with_name("trust.json")
-    copy.write_bytes(data)
+    copy.write_bytes(data if when is None else _valid_at(parse_json(data, given), when, given))
     return copy
+
+
+def _logged(material: dict[str, Any]) -> datetime.datetime | None:
+    """Return when the first log entry says that it was made; None where none says it."""
+    try:
+        seconds = int(material["tlogEntries"][0]["integratedTime"])
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc) if seconds > 0 else None
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, OSError):
+        return None
+
+
+def _valid_at(config: Any, when: datetime.datetime, where: Path) -> bytes:
+    """Return a trust configuration with the authorities and logs alone that were valid at a time."""
+    root = next(config[k] for k in ("trustedRoot", "trusted_root") if k in config)
+    named = {"authority": ("certificateAuthorities", "certificate_authorities"), "log": ("tlogs",)}
+    for what, names in (named | {"log of certificates": ("ctlogs",)}).items():
+        for name in (n for n in names if root.get(n)):
+            root[name] = [one for one in root[name] if _covers(one, when)]
+            if not root[name]:
+                said = f"trusts no {what} that was valid on {when.date()}, when the signature was logged"
+                raise TensorkeepError(said, where=where, code="F03", hint="a newer trust configuration")
+    return json.dumps(config).encode()
+
+
+def _covers(one: dict[str, Any], when: datetime.datetime) -> bool:
+    """Whether an authority or a log was valid at a time; one that says nothing of it always was."""
+    held = one.get("publicKey") or one.get("public_key") or one
+    span = held.get("validFor") or held.get("valid_for") or {}
+    times = {k: datetime.datetime.fromisoformat(v.replace("Z", "+00:00")) for k, v in span.items() if v}
+    return not ("start" in times and when < times["start"]) and not ("end" in times and when > times["end"])
 
 
 def _key_hash(path: Path) -> str:
@@ -201,11 +238,19 @@ def _material(signature: bytes, where: object) -> dict[str, Any]:
     return material
 
 
+def _refuse_none(envelope: Any, where: object) -> None:
+    """Refuse a signature that names another number of files than one: by what it leaves out, one of none fits any."""
+    try:
+        said = parse_json(base64.b64decode(envelope["payload"], validate=True), where)
+        counts = {len(said["subject"]), len(said.get("predicate", {}).get("resources", [0]))}
+    except (TensorkeepError, KeyError, TypeError, AttributeError, ValueError):
+        raise TensorkeepError("signs nothing that can be read", where=where, code="F07", hint="sign again") from None
+    if counts != {1}:
+        raise TensorkeepError("is not a signature of one file", where=where, code="F03", hint="sign again")
+
+
 def _expiry(material: dict[str, Any], where: object) -> str:
     """Return the subject of the signer's certificate; refuse a chain of which one is not valid today."""
-    import base64
-    import binascii
-
     from cryptography import x509
 
     try:
