@@ -415,7 +415,7 @@ def test_the_command_writes_a_recipe_that_reads_back(tmp_path: Path, capsys: pyt
     command = ["recipe", "import", str(CONFIGS / "adatad_s.py"), "-o", str(out)]
     assert cli.main(command) == 0
     text = capsys.readouterr()
-    assert "0 lost" in text.out and "work_dir" in text.err and "training.seed" in text.err
+    assert "0 settings lost" in text.out and "work_dir" in text.err and "training.seed" in text.err
     assert read_recipe(out) == import_config(CONFIGS / "adatad_s.py").recipe
     assert out.read_text().splitlines()[0].startswith("# From the OpenTAD config adatad_s.py")
     assert cli.main(command) == 2 and "exists already" in capsys.readouterr().err
