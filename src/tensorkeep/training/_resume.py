@@ -223,13 +223,11 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     then = state.document
     now = {"seed": loop.seed, "batch": loop.batch, "updates": loop.updates, "data": data}
     parts = [name for name in now if name in then]
-    known = [
-        key for key in ("config",) if key in (job.base or {}) and key in (state.base or {})
-    ]  # before 0.3: not noted
+    base, noted = job.base or {}, state.base or {}
+    both = ["digest", *(["config"] if "config" in base and "config" in noted else [])]  # older saves know no config
     mine, theirs = (
-        dict(_flat({name: held[name] for name in parts}))
-        | {f"base.{k}": (base or {}).get(k) for k in ("digest", *known)}
-        for held, base in ((now, job.base), (then, state.base))
+        dict(_flat({name: held[name] for name in parts})) | {f"base.{field}": of.get(field) for field in both}
+        for held, of in ((now, base), (then, noted))
     )
     if then.get("recipe") is not None:
         stored = _plain(job.read_recipe(then["recipe"]))
@@ -246,7 +244,7 @@ def compare(job: Job, loop: Loop, state: State, data: dict[str, Any], allow: tup
     if "data.fingerprint" in fields:
         changed = [*files, *changed]
     if "base.digest" in fields:
-        changed = [*_files_changed((state.base or {}).get("files"), (job.base or {}).get("files"), "base"), *changed]
+        changed = [*_files_changed(noted.get("files"), base.get("files"), "base"), *changed]
     if changed:
         more = f" ({len(changed)} in all)" if len(changed) > 6 else ""
         meant = " --allow ".join(fields) if len(fields) <= 3 else "FIELD"
