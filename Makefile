@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 export OMP_NUM_THREADS ?= 2
+# where it is set, every process compiles all that it imports anew: 6 s of each
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo docs man sbom test suite test-gpu words lint quick-lint types clean
 
