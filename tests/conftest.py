@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import shutil
 from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.test_signing import Keys
 
 with contextlib.suppress(ModuleNotFoundError):  # `make test-gpu` runs without it, too
     from hypothesis import settings
@@ -34,3 +40,21 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.set_threshold(MANY, *gc.get_threshold()[1:])
         gc.enable()
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
+    """Keys and certificates to sign with, made anew."""
+    from tests.test_signing import Keys
+
+    return Keys(tmp_path_factory.mktemp("keys"))
+
+
+@pytest.fixture
+def signed(model: Path, keys: Keys, tmp_path: Path) -> Path:
+    """A signed copy of a test file's `model`."""
+    from tensorkeep.cli import main
+
+    shutil.copytree(model, tmp_path / "signed")
+    assert main(["sign", str(tmp_path / "signed"), "--key", str(keys / "own.pem"), "--quiet"]) == 0
+    return tmp_path / "signed"

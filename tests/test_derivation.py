@@ -19,11 +19,6 @@ pytest.importorskip("model_signing.signing")
 ADAPTER = ROOT / "examples" / "tiny-adapter"
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 @pytest.fixture
 def chain(tmp_path: Path, keys: Keys) -> dict[str, Path]:
     """A signed base, a merge of it and an adapter, and the merge cast to float16 in another format."""

@@ -17,11 +17,6 @@ pytest.importorskip("model_signing.signing")
 place = test_rounding.place  # a fixture: a base, an adapter and texts
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 def derivation(folder: Path) -> Any:
     statement = folder / "identity.json" if folder.is_dir() else folder.with_name(f"{folder.name}.identity.json")
     return json.loads(statement.read_text())["predicate"]["derivation"]

@@ -34,20 +34,8 @@ pytest.importorskip("model_signing.signing")
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return half(save_model(tmp_path_factory.mktemp("model") / "model", "llama", tie_word_embeddings=True))
-
-
-@pytest.fixture
-def signed(model: Path, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    shutil.copytree(model, tmp_path / "signed")
-    assert run(capsys, "sign", tmp_path / "signed", "--key", keys / "own.pem")[0] == 0
-    return tmp_path / "signed"
 
 
 # -- two models in one archive: torch reads the first, Python the second ---------------------------------------------

@@ -47,11 +47,6 @@ def service() -> Service:
     return Service()
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
 def payload_of(statement: bytes, keys: Keys) -> bytes:
     """What model-signing signs of a statement, whoever signs it."""
     return base64.b64decode(json.loads(sign(statement, Signer(key=keys / "own.pem")))["dsseEnvelope"]["payload"])

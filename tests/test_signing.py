@@ -89,18 +89,6 @@ class Keys:
         return self.folder / name
 
 
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture
-def signed(model: Path, keys: Keys, tmp_path: Path) -> Path:
-    shutil.copytree(model, tmp_path / "signed")
-    assert main(["sign", str(tmp_path / "signed"), "--key", str(keys / "own.pem"), "--quiet"]) == 0
-    return tmp_path / "signed"
-
-
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     capsys.readouterr()
     code = main([str(w) for w in words])

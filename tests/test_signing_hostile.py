@@ -24,11 +24,6 @@ pytest.importorskip("model_signing.signing")
 
 
 @pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    return Keys(tmp_path_factory.mktemp("keys"))
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Head and embedding are two tensors of equal bytes, and a null says that there is no window."""
     folder = half(save_model(tmp_path_factory.mktemp("model") / "model", "llama", tie_word_embeddings=False))
@@ -37,13 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state_["lm_head.weight"] = state_["model.embed_tokens.weight"].clone()
     save_file(state_, folder / "model.safetensors", {"format": "pt"})
     return folder
-
-
-@pytest.fixture
-def signed(model: Path, keys: Keys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    shutil.copytree(model, tmp_path / "signed")
-    assert run(capsys, "sign", tmp_path / "signed", "--key", keys / "own.pem")[0] == 0
-    return tmp_path / "signed"
 
 
 def edit(file: Path, **fields: Any) -> None:

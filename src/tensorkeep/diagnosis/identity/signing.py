@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import socket
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -316,13 +317,19 @@ def _told(what: str, where: object, code: str | None = None) -> Iterator[None]:
             yield
     except TensorkeepError:
         raise
-    except Exception as error:
-        if not (isinstance(error, _errors()) or type(error).__module__.split(".")[0] in _THEIRS):
-            raise
+    except _errors() as error:
         raise TensorkeepError(f"{what}: {_reason(error)}", where=where, code=code) from None
 
 
-_THEIRS = ("sigstore", "id", "rfc3161_client")  # where errors are that have no class in common
+# errors that have no class in common with the others, and no place that is promised
+_OTHERS = {
+    "id": ("IdentityError",),
+    "rfc3161_client": ("VerificationError",),
+    "sigstore.oidc": ("ExpiredIdentity", "IssuerError"),
+    "sigstore._internal.fulcio.client": ("ExpiredCertificate", "FulcioClientError"),
+    "sigstore._internal.rekor": ("RekorClientError",),
+    "sigstore._internal.timestamp": ("TimestampError",),
+}
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -334,7 +341,11 @@ def _errors() -> tuple[type[BaseException], ...]:
 
     usual = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
     crypto = (InvalidKey, InvalidSignature, UnsupportedAlgorithm, Error, X509StoreContextError)
-    return (*usual, *crypto, SigstoreError, IdentityError)
+    loaded = [(sys.modules.get(module), name) for module, names in _OTHERS.items() for name in names]
+    others = [
+        getattr(module, name) for module, name in loaded if hasattr(module, name)
+    ]  # what is not loaded is not raised
+    return (*usual, *crypto, SigstoreError, IdentityError, *others)
 
 
 def _reason(error: BaseException) -> str:
