@@ -27,6 +27,13 @@ def notes(plan: Any) -> list[str]:
     return [n.code for n in plan.notes]
 
 
+def test_a_step_is_a_line_and_says_its_dtypes_where_the_sources_are_given(tmp_path: Path) -> None:
+    plan = make_plan([read(write_hf(tmp_path / "hf", model_tensors(), LLAMA))], to="hf", dtype="BF16")
+    step = next(s for s in plan.steps if "cast" in s.actions)
+    assert step.line.split()[-1] == step.parts[0].name
+    assert step.told(plan.sources) == f"{step.line}  (F32 to BF16)"
+
+
 # -- ties (a head and an embedding) -----------------------------------------------------------------------------------
 
 

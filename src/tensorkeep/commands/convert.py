@@ -164,7 +164,7 @@ def _show_plan(out: Output, plan: Any, proof: Any, sink: str, to: str) -> int:
         shown["steps"] = plan.to_json()
         out.document({"dry_run": True, "sink": sink, **shown, "proof": {**proof.to_json(), "bytes": False}})
     for step in plan.steps:
-        out.line(step.line(plan.sources))
+        out.line(step.told(plan.sources))
     out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(plan.dropped)} dropped; nothing written")
     return 0
 

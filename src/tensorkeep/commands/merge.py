@@ -265,7 +265,7 @@ def _show_plan(out: Output, job: Any, proof: Any, sink: str, to: str) -> int:
             }
         )
     for step in plan.steps:
-        out.line(step.line(plan.sources))
+        out.line(step.told(plan.sources))
     out.line(f"{len(plan.tensors)} tensors, {size(plan.nbytes)}; {len(job.terms)} merged; nothing written")
     return 0
 

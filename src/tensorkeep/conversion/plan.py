@@ -129,11 +129,16 @@ class Step:
     sink: SinkTensor | None
     reason: str = ""
 
-    def line(self, sources: Sequence[StateView]) -> str:
-        """The step for people to read: `cast             wq.weight -> q_proj.weight  (BF16 to F32)`.
+    @property
+    def line(self) -> str:
+        """The step for people to read: `permute rename  wq.weight -> q_proj.weight`."""
+        return self.told(())
+
+    def told(self, sources: Sequence[StateView]) -> str:
+        """Say the step with its dtypes: `cast             wq.weight -> q_proj.weight  (BF16 to F32)`.
 
         Args:
-            sources: the views that tensors are read from.
+            sources: the views that tensors are read from; without them dtypes are left out.
         """
         names = [p.key for p in self.parts]
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
@@ -143,7 +148,7 @@ class Step:
 
     def _cast(self, sources: Sequence[StateView]) -> str:
         """From which dtypes to which one the values are cast; '' where they keep theirs."""
-        if self.sink is None or not {"cast", "quantize"} & set(self.actions):
+        if not sources or self.sink is None or not {"cast", "quantize"} & set(self.actions):
             return ""
         stored = [sources[p.source][p.name] for p in self.parts]
         before = dict.fromkeys(r.dtype if r.encoding == "plain" else r.encoding.upper() for r in stored)

@@ -342,9 +342,8 @@ def _errors() -> tuple[type[BaseException], ...]:
     usual = (ValueError, TypeError, LookupError, AttributeError, OSError, RuntimeError)
     crypto = (InvalidKey, InvalidSignature, UnsupportedAlgorithm, Error, X509StoreContextError)
     loaded = [(sys.modules.get(module), name) for module, names in _OTHERS.items() for name in names]
-    others = [
-        getattr(module, name) for module, name in loaded if hasattr(module, name)
-    ]  # what is not loaded is not raised
+    # what is not loaded is not raised
+    others = [getattr(module, name) for module, name in loaded if hasattr(module, name)]
     return (*usual, *crypto, SigstoreError, IdentityError, *others)
 
 
