@@ -2,6 +2,7 @@
 
     python -m benchmarks.save_stall
     PYTHONPATH=OLDER/src python -m benchmarks.save_stall           the same of another checkout
+    python -m benchmarks.save_stall --device cuda                  two GPUs: milliseconds of the clock
 
 LoRA over nf4 under FSDP2, two gloo ranks, in a Llama of 32 layers, 128 wide, so that bytes do not count: 1,792 tensors
 of updates, moments and counters. Saves are written behind the training. Of the first rank the median of the saves after
@@ -28,6 +29,7 @@ from benchmarks.scale_life import made, recipe_of
 LAYERS, WIDTH, UPDATES, RUNS = 32, 128, 8, 3
 STAGES = {  # stage -> module and function
     "all": "loop:_save",
+    "  waiting for the one before": "saver:Saver.wait",
     "  state": "_resume:snapshot",
     "    the model's tensors by name": "_resume:stored_tensors",
     "  plan, room, chunks": "_shard_plan:ShardPlan.part",
@@ -35,7 +37,7 @@ STAGES = {  # stage -> module and function
 }
 
 
-def rank(folder: Path) -> None:
+def rank(folder: Path, device: str) -> None:
     """Train as one of the ranks; the first leaves `stall.json`."""
     import importlib
 
@@ -45,15 +47,16 @@ def rank(folder: Path) -> None:
     from tensorkeep.training.loop import fit
 
     spent: dict[str, list[float]] = defaultdict(list)
+    clock = time.perf_counter if device == "cuda" else time.thread_time
 
     def timed(stage: str, before: Any) -> Any:
         @wraps(before)
         def after(*args: Any, **kwargs: Any) -> Any:
-            begun = time.thread_time()
+            begun = clock()
             try:
                 return before(*args, **kwargs)
             finally:
-                spent[stage].append(1e3 * (time.thread_time() - begun))
+                spent[stage].append(1e3 * (clock() - begun))
 
         return after
 
@@ -68,7 +71,7 @@ def rank(folder: Path) -> None:
     document["adapter"] = {"lora_r": 8, "targets": ["*_proj"]}
     document["training"] = {**document["training"], "quantize_backbone": "nf4"}
     del document["training"]["ema"]
-    recipe, world = language_recipe(document), distributed.start("cpu")
+    recipe, world = language_recipe(document), distributed.start(device)
     job = building.build(recipe, folder / "run", world)
     fit(job, folder / "run", building.loop_of(recipe, len(job.data)), world=world)
     if world.first:
@@ -80,19 +83,20 @@ def rank(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     given = parser.parse_args()
     if given.rank:
-        return rank(given.rank)
+        return rank(given.rank, given.device)
     runs = []
     for _ in range(RUNS):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             made(folder, LAYERS, WIDTH)
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-            words += ["-m", "benchmarks.save_stall", "--rank", name]
+            words += ["-m", "benchmarks.save_stall", "--rank", name, "--device", given.device]
             subprocess.run(words, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
             runs.append(json.loads((folder / "stall.json").read_text()))
-    print("| CPU ms | |\n|---|---|")
+    print(f"| {'ms' if given.device == 'cuda' else 'CPU ms'} | |\n|---|---|")
     for stage in STAGES:
         print(f"| {stage} | {min(run.get(stage, 0.0) for run in runs):.0f} |")
 

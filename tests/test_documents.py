@@ -78,6 +78,64 @@ def test_a_document_attends_as_alone_on_a_gpu(width: int) -> None:
         assert float((one - other).norm() / other.norm()) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("numbers", "most", "expected"),
+    [
+        (1 << 31, 9, 1),
+        (1 << 31, 2, 3),
+        (8 * (30 + 128 * 6), 9, 4),  # a head at a time: two of each group
+        (8 * (30 + 128 * 6) * 3, 9, 2),  # a group of two heads, not three heads
+        (8 * (12 + 128 * 2) * 2, 2, 8),
+    ],
+)
+def test_launches_within_what_a_kernel_counts_give_what_one_gives(
+    numbers: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, documents = _inputs(4, 2, 15, 8), documents_of(_positions(LENGTHS))
+    slope = torch.randn(2, 15, 4, 8, dtype=torch.float64)
+    whole = attend(*taken, documents)  # type: ignore[arg-type]
+    wanted = torch.autograd.grad(whole, taken, slope)
+    monkeypatch.setattr(_documents, "_NUMBERS", numbers)
+    monkeypatch.setattr(_documents, "_DOCUMENTS", most)
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in taken]
+    cuts = list(_documents.launches(flat[0], flat[1], documents.bounds, 6))
+    assert len(cuts) == expected
+    for cut in cuts:
+        rows = cut.tokens.stop - cut.tokens.start + 128 * (len(cut.bounds) - 1)
+        assert rows * (cut.heads.stop - cut.heads.start) * 8 <= numbers and len(cut.bounds) - 1 <= most
+    parts = attend(*taken, documents)  # type: ignore[arg-type]
+    assert torch.equal(parts, whole)
+    for one, other in zip(torch.autograd.grad(parts, taken, slope), wanted):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
+
+
+def test_the_memory_of_short_documents_is_that_of_their_queries() -> None:
+    query, key = (torch.empty(32_768, n, 128, device="meta") for n in (32, 8))
+    for length, expected in ((4096, 1), (256, 2), (16, 8)):
+        bounds = torch.arange(0, 32_769, length, dtype=torch.int32)
+        cuts = list(_documents.launches(query, key, bounds, len(bounds) - 1))
+        assert len(cuts) == expected and cuts[-1].heads.stop == 32 and cuts[-1].groups.stop == 8
+
+
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "document"), [(1 << 18, 16), (1 << 20, 8192)])
+def test_gradients_are_right_beyond_what_a_kernel_counts(tokens: int, document: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    how: Any = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    taken = [torch.randn(1, tokens, n, 128, **how).transpose(1, 2).requires_grad_() for n in (32, 8, 8)]
+    slope = torch.randn(1, tokens, 32, 128, **how)
+    positions = torch.arange(tokens, device="cuda")[None] % document
+    found = attend(*taken, documents_of(positions))  # type: ignore[arg-type]
+    grads = torch.autograd.grad(found, taken, slope)
+    for start in (0, tokens // 2, tokens - 8192):
+        own = slice(start, start + 8192)
+        some = [x.detach()[:, :, own].requires_grad_() for x in taken]
+        expected = attend(*some, documents_of(positions[:, own]))  # type: ignore[arg-type]
+        assert torch.equal(found[:, own], expected)
+        for one, other in zip(grads, torch.autograd.grad(expected, some, slope[:, own])):
+            assert float((one[:, :, own] - other).float().norm() / other.float().norm()) < 1e-3
+
+
 def _batch() -> dict[str, Tensor]:
     """Rows of unlike lengths, so that one is padded."""
     generator = torch.Generator().manual_seed(1)

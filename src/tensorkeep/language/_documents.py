@@ -7,6 +7,7 @@ torch's own kernel. transformers hands the documents through to the attention fu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,12 @@ from tensorkeep.quantization.frozen import compute_dtype
 
 NAME = "tensorkeep_documents"  # of the attention function, among those of transformers
 aten = torch.ops.aten
+# FlashAttention's backward sums the gradients of queries in rows of float32, so many more for each document, and counts
+# their numbers in 32 bits: beyond them it reads and writes elsewhere (github.com/Dao-AILab/flash-attention/pull/1500)
+_ROWS_BETWEEN = 128
+_NUMBERS = (1 << 31) - 1
+_FREE = 1 << 26  # of these numbers in any case; where there are more, they are 5/4 of those of the queries at most
+_DOCUMENTS = 1 << 15  # of a launch, whose grid counts them in 16 bits
 
 
 class Documents(NamedTuple):
@@ -70,18 +77,83 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
     return out.view(b, t, h, d)[..., :wide]  # type: ignore[no-any-return]
 
 
+class Launch(NamedTuple):
+    """One call of the kernel, over some documents and some heads.
+
+    Attributes:
+        tokens: of the batch.
+        bounds: of the documents among these tokens, int32.
+        heads: of the queries.
+        groups: of keys and values, whose heads these are.
+        first: whether no launch before it has these keys.
+    """
+
+    tokens: slice
+    bounds: Tensor
+    heads: slice
+    groups: slice
+    first: bool
+
+
+def launches(query: Tensor, key: Tensor, bounds: Tensor, count: int) -> Iterator[Launch]:
+    """Cut attention into as few calls as the kernel's counters and the memory it takes allow.
+
+    Args:
+        query: `[n, h, d]`.
+        key: `[n, g, d]`; g divides h.
+        bounds: of the documents, int32; `count + 1` of them are used.
+        count: how many documents.
+    """
+    (_, heads, width), groups = query.shape, key.shape[1]
+    for tokens, some in _pieces(bounds, count, len(query)):
+        own = tokens.stop - tokens.start
+        rows = own + _ROWS_BETWEEN * (len(some) - 1)
+        most = min(max(_FREE, own * heads * width * 5 // 4), _NUMBERS)
+        size, shared = max(most // (rows * width), 1), heads // groups
+        size = min(size // shared * shared or size, heads)  # whole groups where one fits
+        for group in range(0, groups, max(size // shared, 1)):
+            several = slice(group, min(group + max(size // shared, 1), groups))
+            for at in range(several.start * shared, several.stop * shared, size):
+                end = min(at + size, several.stop * shared)
+                yield Launch(tokens, some, slice(at, end), several, at == several.start * shared)
+
+
+def _pieces(bounds: Tensor, count: int, n: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the tokens and the bounds of as many documents as a launch takes."""
+    if count <= _DOCUMENTS:
+        yield slice(0, n), bounds[: count + 1]
+        return
+    for first in range(0, count, _DOCUMENTS):
+        some = bounds[first : min(first + _DOCUMENTS, count) + 1]
+        start, end = some[[0, -1]].tolist()
+        yield slice(start, end), some - start
+
+
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, sizes: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output `[n, h, d]` and the logarithms of the sums, float32 `[h, n]`."""
     count, longest = sizes.tolist()
+    todo = list(launches(query, key, bounds, count))
+    if len(todo) == 1:
+        return _launched(query, key, value, todo[0].bounds, longest, scale)
+    out, sums = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=_sums_dtype(query))
+    for tokens, some, heads, groups, _ in todo:
+        taken = (query[tokens, heads], key[tokens, groups], value[tokens, groups])
+        out[tokens, heads], sums[heads, tokens] = _launched(*taken, some, longest, scale)
+    return out, sums
+
+
+def _launched(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Do it in one call of the kernel."""
     if query.is_cuda:
-        some = bounds[: count + 1]
-        how: Any = (some, some, longest, longest, 0.0, True)
+        how: Any = (bounds, bounds, longest, longest, 0.0, True)
         made = aten._flash_attention_forward(query, key, value, *how, return_debug_mask=False, scale=scale)
         return made[0], made[1]
     out, sums = torch.empty_like(query), query.new_empty(query.shape[1::-1], dtype=_sums_dtype(query))
-    for part in _parts(bounds, count):
+    for part in _parts(bounds):
         q, k, v = _alike(*(x[part].transpose(0, 1)[None] for x in (query, key, value)))
         made, some = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
         out[part], sums[:, part] = made[0].transpose(0, 1), some[0]
@@ -101,12 +173,38 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of query, key and value."""
     count, longest = sizes.tolist()
+    todo = list(launches(query, key, bounds, count))
+    if len(todo) == 1:
+        return _launched_back(grad, query, key, value, out, sums, todo[0].bounds, longest, scale)
+    found = [torch.empty_like(x) for x in (query, key, value)]
+    for tokens, some, heads, groups, first in todo:
+        slope, q, made = (x[tokens, heads] for x in (grad, query, out))
+        k, v = key[tokens, groups], value[tokens, groups]
+        parts = _launched_back(slope, q, k, v, made, sums[heads, tokens].contiguous(), some, longest, scale)
+        found[0][tokens, heads] = parts[0]
+        for whole, one in zip(found[1:], parts[1:]):
+            whole[tokens, groups] = one if first else whole[tokens, groups] + one
+    return found
+
+
+def _launched_back(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    bounds: Tensor,
+    longest: int,
+    scale: float,
+) -> list[Tensor]:
+    """Do it in one call of the kernel."""
     if query.is_cuda:
-        some, state = bounds[: count + 1], torch.zeros(2, dtype=torch.uint64, device=query.device)
-        how: Any = (some, some, longest, longest, 0.0, True, state, state.new_empty(0))
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        how: Any = (bounds, bounds, longest, longest, 0.0, True, state, state.new_empty(0))
         return list(aten._flash_attention_backward(grad.contiguous(), query, key, value, out, sums, *how, scale=scale))
     found = [torch.empty_like(x) for x in (query, key, value)]
-    for part in _parts(bounds, count):
+    for part in _parts(bounds):
         slope, made = (x[part].transpose(0, 1)[None] for x in (grad, out))
         taken = _alike(*(x[part].transpose(0, 1)[None] for x in (query, key, value)))
         norms = sums[None, :, part].contiguous()
@@ -117,10 +215,9 @@ def _backward(
     return found
 
 
-def _parts(bounds: Tensor, count: int) -> list[slice]:
+def _parts(bounds: Tensor) -> list[slice]:
     """Return the tokens of each document."""
-    at = bounds[: count + 1].tolist()
-    return [slice(a, b) for a, b in pairwise(at)]
+    return [slice(a, b) for a, b in pairwise(bounds.tolist())]
 
 
 def _sums_dtype(x: Tensor) -> torch.dtype:

