@@ -3,8 +3,8 @@
 A checkpoint of random weights (Llama-3.2-1B's or Llama-3.1-8B's shape, bf16) and JSON lines are written first. Then
 come the parts, each in processes of its own and with a budget of its own (`--limit`, or `--limits kills=60 ...`): for
 LoRA over nf4 (`qlora`) and a full fine-tune with an average (`full`) one GPU (`_one`), two under DDP (`_ddp`), two
-under FSDP2 (`_fsdp`), and one that goes on from those shards (`_resume`); the tests marked for two GPUs (`tests`);
-kills of ranks through NCCL (`kills`). `--cpu` runs every part over gloo on a tiny model first, so that nothing is found
+under FSDP2 (`_fsdp`), one that goes on from those shards (`_resume`), and two that go on from one (`_grow`); the tests
+marked for two GPUs (`tests`); kills of ranks through NCCL (`kills`). `--cpu` runs every part over gloo on a tiny model first, so that nothing is found
 out on the GPUs that two CPUs could have told.
 
 What happens is printed as it happens: every stage of the first rank with its seconds, every torch save. A part that
@@ -40,7 +40,8 @@ SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-RUNS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp"), "resume": (1, "ddp")}
+RUNS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp"), "resume": (1, "ddp"), "grow": (2, "fsdp")}
+FROM = {"resume": "fsdp", "grow": "one"}  # runs that go on from another's checkpoint
 PARTS = (*(f"{way}_{run}" for way in ("qlora", "full") for run in RUNS), "tests", "kills")
 MORE = 4  # updates of the run that goes on from shards
 PATIENCE = 10.0  # seconds that a program has to end its own children
@@ -134,7 +135,7 @@ def write_texts(path: Path, length: int) -> None:
 def recipe_of(given: Any, place: Path, way: str, run: str) -> dict[str, Any]:
     """The recipe of a run: four rows an update a GPU, saves in the middle."""
     training: dict[str, Any] = {
-        "updates": given.updates + (MORE if run == "resume" else 0),
+        "updates": given.updates + (MORE if run in FROM else 0),
         "epochs": None,
         "batch_size": 8,
         "micro_batch": 4,
@@ -263,9 +264,9 @@ def measure(given: Any, place: Path, part: str) -> dict[str, Any]:
 
     way, _, name = part.partition("_")
     ranks, limit = RUNS[name][0], given.limits.get(part, given.limit)
-    run = place / f"{way}_{'fsdp' if name == 'resume' else name}"
-    if name == "resume" and not (run / "checkpoints").is_dir():
-        return {"part": part, "rc": 1, "error": f"there is no checkpoint to go on from: --only {way}_fsdp {part}"}
+    run = place / f"{way}_{FROM.get(name, name)}"
+    if name in FROM and not (run / "checkpoints").is_dir():
+        return {"part": part, "rc": 1, "error": f"there is no checkpoint to go on from: --only {run.name} {part}"}
     recipe, job = place / f"{part}.yaml", place / "job.json"
     recipe.write_text(yaml.safe_dump(recipe_of(given, place, way, name)))
     job.write_text(json.dumps({"recipe": str(recipe), "run": str(run), "turns": given.turns, "savers": given.savers}))
@@ -282,7 +283,7 @@ def measure(given: Any, place: Path, part: str) -> dict[str, Any]:
         row |= {"cut off" if heard.rc == 124 else "ended in": heard.at, "error": heard.errors}
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-    return row | of_updates(given, rows, given.updates if name == "resume" else 0) | of_saves(run)
+    return row | of_updates(given, rows, given.updates if name in FROM else 0) | of_saves(run)
 
 
 def held(ranks: list[dict[str, Any]]) -> dict[str, Any]:
