@@ -81,6 +81,11 @@ def decoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.param == "stand-in":
         stand_in(monkeypatch, StandIn)
         return
+    need_torchcodec()
+
+
+def need_torchcodec() -> None:
+    """Skip where torchcodec is not there or does not find FFmpeg (LD_LIBRARY_PATH: docs/reference/decoding.md)."""
     try:
         importlib.import_module("torchcodec.decoders")
     except (ImportError, RuntimeError, OSError) as error:
@@ -345,7 +350,7 @@ def test_links_give_pyavs_libraries_the_names_that_torchcodec_looks_for(tmp_path
 @needs_gpu
 @pytest.mark.parametrize("name", [*KINDS, "cut.mp4"])
 def test_frames_of_a_gpus_decoder_are_the_cpus_within_the_tolerance(tmp_path: Path, name: str) -> None:
-    pytest.importorskip("torchcodec")
+    need_torchcodec()
     large = {"size": (256, 192), "codec": "libx264"}
     path = films.film(tmp_path / name, **{**KINDS.get(name, {}), **large}) if name in KINDS else video(tmp_path, name)
     number = len(frame_table(path).pts)
@@ -361,7 +366,7 @@ def test_frames_of_a_gpus_decoder_are_the_cpus_within_the_tolerance(tmp_path: Pa
 
 @needs_gpu
 def test_a_run_on_a_gpu_decodes_there_and_says_with_what(tmp_path: Path, data: Path) -> None:
-    pytest.importorskip("torchcodec")
+    need_torchcodec()
     made = runs.recipe(data, **CHANGES, data__decode="gpu", training__epochs=1)
     job, loop = build(made, tmp_path / "run", World(device=torch.device("cuda", 0)))
     assert job.decoder is not None and job.decoder.startswith("torchcodec") and job.ahead is not None
