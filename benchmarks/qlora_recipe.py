@@ -7,11 +7,14 @@ The folder of random bfloat16 weights (16 GB), its tokenizer and the texts are w
 documents of `--document` tokens (0: one a row). Each run is a process of its own: start it again to see what compiled
 code that is cached saves. Prints one line of JSON: seconds to build (load, quantize, tokenize), seconds of the first
 update, tokens/s (the median of the later ones), GiB that torch had allocated and held at most, what was said, losses.
+With `--save` every update is saved, kernels are deterministic, and a run that is in `--out` already goes on; a digest of
+what was trained tells whether it came to the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import statistics
@@ -61,6 +64,15 @@ def compiling() -> dict[str, Any]:
     return {"seconds": seconds, "counts": {name: dict(counters[name]) for name in kept if counters[name]}}
 
 
+def digest(model: torch.nn.Module) -> str:
+    """Digest the bits of what trains."""
+    made = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            made.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+    return made.hexdigest()[:16]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True)
@@ -73,8 +85,12 @@ def main() -> None:
     parser.add_argument("--document", type=int, default=0)
     parser.add_argument("--updates", type=int, default=4)
     parser.add_argument("--eager", action="store_true", help="layers are not compiled")
+    parser.add_argument("--save", action="store_true", help="each update, under deterministic kernels")
+    parser.add_argument("--host", type=float, help="GiB of main memory to plan with (default: what the machine has)")
     given = parser.parse_args()
     prepare(given.folder, given.size)
+    from tensorkeep.language import _memory
+    from tensorkeep.language._memory_plan import GIB
     from tensorkeep.language.job import build, loop_of
     from tensorkeep.language.recipe_text import language_recipe
     from tensorkeep.training.distributed import World
@@ -82,9 +98,11 @@ def main() -> None:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = given.out or given.folder / f"run-{time.time_ns()}"
-    run.mkdir(parents=True)
+    run.mkdir(parents=True, exist_ok=given.save)
     document = given.document or given.length
-    texts(run / "texts.jsonl", given.rows * given.updates * (given.length // document), document)
+    file = given.folder / f"texts-{given.rows}x{given.length}-{document}-{given.updates}.jsonl"
+    if not file.exists():
+        texts(file, given.rows * given.updates * (given.length // document), document)
     training: dict[str, Any] = {
         "updates": given.updates,
         "batch_size": given.rows,
@@ -95,7 +113,11 @@ def main() -> None:
         "memory": given.memory,
         "memory_limit_gib": given.limit,
     }
-    data = {"files": str(run / "texts.jsonl"), "length": given.length, "packing": "first_fit", "eos": False}
+    if given.save:
+        training |= {"save_every": 1, "deterministic": True}
+    if given.host:
+        _memory.main_memory = lambda: round(given.host * GIB)  # type: ignore[attr-defined]
+    data = {"files": str(file), "length": given.length, "packing": "first_fit", "eos": False}
     adapter = {"lora_r": 16, "lora_alpha": 32}
     optimizer = {"lr": 1e-4}
     model = {"version": 2, "model": str(given.folder), "objective": "pretrain"}
@@ -115,7 +137,7 @@ def main() -> None:
         losses.append(round(row["loss"], 4))
 
     job.trackers.append(told)
-    fit(job, run, loop_of(recipe, len(job.data)), world=World(device=device))
+    outcome = fit(job, run, loop_of(recipe, len(job.data)), world=World(device=device))
     seconds = [b - a for a, b in zip([built, *ends], ends)]
     rate = given.rows * given.length / statistics.median(seconds[1:] or seconds)
     cuda = device.type == "cuda"
@@ -132,6 +154,8 @@ def main() -> None:
         "loading_gib": round(loading, 3),
         "said": [line for line in lines if "memory" in line or "mask" in line],
         "losses": losses,
+        "level": outcome.level,
+        "trained": digest(job.model),
         "compiling": compiling(),
     }
     print(json.dumps(found), flush=True)
