@@ -7,8 +7,8 @@ The folder of random bfloat16 weights (16 GB), its tokenizer and the texts are w
 documents of `--document` tokens (0: one a row). Each run is a process of its own: start it again to see what compiled
 code that is cached saves. Prints one line of JSON: seconds to build (load, quantize, tokenize), seconds of the first
 update, tokens/s (the median of the later ones), GiB that torch had allocated and held at most, what was said, losses.
-With `--save` every update is saved, kernels are deterministic, and a run that is in `--out` already goes on; a digest of
-what was trained tells whether it came to the same bits.
+With `--save` every update is saved, kernels are deterministic, and a run that is in `--out` already goes on; a digest
+of what was trained tells whether it came to the same bits.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 A checkpoint of random weights (Llama-3.2-1B's or Llama-3.1-8B's shape, bf16) and JSON lines are written first. Then
 come the parts, each in processes of its own and with a budget of its own (`--limit`, or `--limits kills=60 ...`): for
 LoRA over nf4 (`qlora`) and a full fine-tune with an average (`full`) one GPU (`_one`), two under DDP (`_ddp`), two
-under FSDP2 (`_fsdp`), one that goes on from those shards (`_resume`), and two that go on from one (`_grow`); the tests
-marked for two GPUs (`tests`); kills of ranks through NCCL (`kills`). `--cpu` runs every part over gloo on a tiny model first, so that nothing is found
-out on the GPUs that two CPUs could have told.
+under FSDP2 (`_fsdp`), one that goes on from those shards (`_resume`), and two that go on from one (`_grow`); the
+tests marked for two GPUs (`tests`); kills of ranks through NCCL (`kills`). `--cpu` runs every part over gloo on a
+tiny model first, so that nothing is found out on the GPUs that two CPUs could have told.
 
 What happens is printed as it happens: every stage of the first rank with its seconds, every torch save. A part that
 runs out of its budget is ended, its ranks say where each thread stands, and its row has the stages and losses until
