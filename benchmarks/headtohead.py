@@ -5,7 +5,8 @@
 
 Ours (`training.memory`), unsloth, PEFT + bitsandbytes, the same with Liger's kernels, axolotl: each way of each system
 is a process of its own (`benchmarks.headtohead_systems`), in its own environment: `--env SYSTEM=FOLDER` is put in front
-of the path of that system's processes (`pip install --no-deps --target FOLDER -r` that of `benchmarks/envs`).
+of the path of that system's processes (`pip install --no-deps --target FOLDER -r` that of `benchmarks/envs`); several
+folders with a colon between them, so that systems share what both need.
 All load the same folder of random bfloat16 weights, written once, and train on the same tokens from the same start.
 What is not installed, fails or is not over in time has a row that says so. With `--together` the processes load and
 compile at the same time and take turns for the steps that are timed, so that all of it takes minutes less; loading and
@@ -41,15 +42,14 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
 def call(
-    system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str]
+    system: str, way: str, folder: Path, shape: str, steps: tuple[int, int], environments: dict[str, str]
 ) -> tuple[list[str], dict[str, str]]:
     """The command and the environment of one way of one system."""
     own = environments.get(system)
     path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH")) if part)
     command = [sys.executable, "-m", "benchmarks.headtohead_systems", "--system", system, "--way", way]
-    return [*command, "--folder", str(folder), "--shape", shape, "--steps", str(steps)], os.environ | {
-        "PYTHONPATH": path
-    }
+    counts = ["--steps", str(steps[0]), "--untimed", str(steps[1])]
+    return [*command, "--folder", str(folder), "--shape", shape, *counts], os.environ | {"PYTHONPATH": path}
 
 
 def row_of(row: dict[str, Any], out: str, err: str, code: int, seconds: float) -> dict[str, Any]:
@@ -62,7 +62,13 @@ def row_of(row: dict[str, Any], out: str, err: str, code: int, seconds: float) -
 
 
 def one(
-    system: str, way: str, folder: Path, shape: str, steps: int, environments: dict[str, str], seconds: float
+    system: str,
+    way: str,
+    folder: Path,
+    shape: str,
+    steps: tuple[int, int],
+    environments: dict[str, str],
+    seconds: float,
 ) -> dict[str, Any]:
     """Run one way of one system in a process of its own."""
     command, env = call(system, way, folder, shape, steps, environments)
@@ -79,7 +85,7 @@ def together(
     ways: Sequence[tuple[str, str]],
     folder: Path,
     shape: str,
-    steps: int,
+    steps: tuple[int, int],
     environments: dict[str, str],
     seconds: float,
 ) -> list[dict[str, Any]]:
@@ -204,19 +210,23 @@ def main() -> None:
     parser.add_argument("--systems", default=",".join(WAYS), help="which, or SYSTEM:WAY")
     parser.add_argument("--shapes", default="4x2048")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--untimed", type=int, default=2, help="of the steps, the first ones, which compile")
     parser.add_argument("--env", action="append", default=[], metavar="SYSTEM=FOLDER")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of one process, or of all together")
     parser.add_argument("--together", action="store_true", help="load and compile at the same time, time in turns")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     given = parser.parse_args()
     environments = dict(text.split("=", 1) for text in given.env)
+    given.out.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
     prepare(given.folder, given.size)
+    print(f"weights: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
     for shape in given.shapes.split(","):
         floor = floor_of(given.folder, shape)
         parted = [name.partition(":") for name in given.systems.split(",")]
         ways = [(system, way) for system, _, only in parted for way in ([only] if only else WAYS[system])]
-        how = (given.folder, shape, given.steps, environments, given.timeout)
+        how = (given.folder, shape, (given.steps, given.untimed), environments, given.timeout)
         for found in [together(ways, *how)] if given.together else ([one(*way, *how)] for way in ways):
             for row in found:
                 if "tokens_per_s" in row:

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -28,9 +29,12 @@ WAYS = {
     "unsloth": ("unsloth", "device", "none"),
     "peft": ("checkpointing",),
     "peft-liger": ("checkpointing",),
-    "axolotl": ("checkpointing",),
+    "axolotl": ("liger", "checkpointing"),
 }
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "unsloth_zoo", "trl", "liger_kernel")
+PACKAGES = (
+    *("torch", "triton", "transformers", "peft", "bitsandbytes"),
+    *("unsloth", "unsloth_zoo", "trl", "liger_kernel", "axolotl"),
+)
 Made = tuple[Any, Callable[[Any, Any], Any]]  # a model, and its loss of some ids
 
 
@@ -107,6 +111,38 @@ def peft_liger(folder: Path, way: str, batch: int, length: int, device: Any) -> 
     return peft(folder, way, batch, length, device)
 
 
+def axolotl(folder: Path, way: str, batch: int, length: int, device: Any) -> Made:
+    """axolotl's kernels on PEFT's model, as its loader does: the attention's class, then the layers of the model.
+
+    `liger` has Liger's rope, norms and loss beside them, as axolotl's own plugin; SwiGLU is axolotl's in both.
+    """
+    if way == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(rope=True, rms_norm=True, swiglu=False, fused_linear_cross_entropy=True)
+    patches = axolotl_patches()
+    from axolotl.utils.dict import DictDefault
+
+    kernels = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), True)
+    settings = DictDefault({"base_model": str(folder), **kernels})
+    patches.patch_self_attn_lora(settings)
+    model, loss_of = peft(folder, way, batch, length, device)
+    return patches.apply_lora_kernel_patches(model, settings), loss_of
+
+
+def axolotl_patches() -> Any:
+    """`axolotl.monkeypatch.lora_kernels`, without trainers and trackers (evaluate, wandb) of a package on its way."""
+    from importlib import import_module
+    from types import ModuleType
+
+    import axolotl.utils
+
+    bare = ModuleType("axolotl.utils.callbacks")  # its models.py is wanted, its __init__ is not run
+    bare.__path__ = [str(Path(folder) / "callbacks") for folder in axolotl.utils.__path__]
+    sys.modules.setdefault(bare.__name__, bare)
+    return import_module("axolotl.monkeypatch.lora_kernels")
+
+
 def unsloth(folder: Path, way: str, batch: int, length: int, device: Any) -> Made:
     from unsloth import FastLanguageModel  # before transformers
 
@@ -122,12 +158,6 @@ def unsloth(folder: Path, way: str, batch: int, length: int, device: Any) -> Mad
         use_gradient_checkpointing=checkpointing,
     )
     return FastLanguageModel.for_training(model, use_gradient_checkpointing=checkpointing) or model, _theirs
-
-
-def axolotl(folder: Path, way: str, batch: int, length: int, device: Any) -> Made:
-    import axolotl.kernels  # noqa: F401
-
-    raise NotImplementedError("axolotl is installed, but its kernels are not called here yet")
 
 
 BUILD: dict[str, Callable[[Path, str, int, int, Any], Made]] = {
@@ -169,9 +199,16 @@ def turn_of(turns: Path, name: str) -> Any:
 
 
 def train(
-    system: str, way: str, folder: Path, batch: int, length: int, steps: int, turns: Path | None = None
+    system: str,
+    way: str,
+    folder: Path,
+    batch: int,
+    length: int,
+    steps: int,
+    untimed: int = 2,
+    turns: Path | None = None,
 ) -> dict[str, Any]:
-    """Load and train; the numbers of one row."""
+    """Load and train; the numbers of one row. The first `untimed` steps compile and are not counted."""
     if system == "unsloth":
         import unsloth  # noqa: F401  it wants to be the first
     import torch
@@ -192,9 +229,9 @@ def train(
     generator = torch.Generator(device).manual_seed(0)
     losses, seconds, turn = [], [], None
     for step in range(steps):
-        if step == 2 and turns is not None:
+        if step == untimed and turns is not None:
             turn = turn_of(turns, f"{system}-{way}")
-        if step == 2 and cuda:
+        if step == untimed and cuda:
             torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(0, vocabulary, (batch, length), device=device, generator=generator)
         before = time.perf_counter()
@@ -210,7 +247,8 @@ def train(
     return {
         "load_s": round(loaded, 2),
         "first_step_s": round(seconds[0], 2),
-        "tokens_per_s": round(batch * length / statistics.median(seconds[2:] or seconds), 1),
+        "steps_s": [round(s, 3) for s in seconds],
+        "tokens_per_s": round(batch * length / statistics.median(seconds[untimed:] or seconds), 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
         "held_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if cuda else None,
         "losses": losses,
@@ -237,6 +275,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--shape", default="4x2048")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--untimed", type=int, default=2)
     parser.add_argument("--turns", type=Path, help="a folder whose lock is waited for before steps are timed")
     given = parser.parse_args()
     faulthandler.dump_traceback_later(90)  # where a system is that does not come to its steps
@@ -245,7 +284,8 @@ def main() -> None:
     batch, length = map(int, given.shape.split("x"))
     row: dict[str, Any] = {"system": given.system, "way": given.way, "shape": given.shape, "versions": versions()}
     try:
-        row |= train(given.system, given.way, given.folder, batch, length, given.steps, given.turns)
+        shape = (batch, length, given.steps, given.untimed)
+        row |= train(given.system, given.way, given.folder, *shape, given.turns)
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever a system raises is its result
         last = traceback.extract_tb(error.__traceback__)[-1]
         row["not_run"] = f"{type(error).__name__}: {str(error)[:300]} ({Path(last.filename).name}:{last.lineno})"
