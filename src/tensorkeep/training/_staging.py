@@ -22,8 +22,6 @@ from tensorkeep.training._pinned import PinnedPages, pinned_memory
 
 GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device, thousands of copies become a few
 SCRATCH = 64 << 20  # bytes of device memory for one gathering
-GAP = 4096  # bytes between tensors that one gathering may span: what frames a tensor in a sharded file
-_ALIGNED = 16  # bytes: a gathering has tensors of every dtype
 SAMPLED = 64  # bytes of each copy off a device that are compared with what arrived, evenly spread
 
 
@@ -59,33 +57,33 @@ class Stage:
                 for segment in layout.segments:
                     if isinstance(segment, Fixed):
                         image[segment.start : segment.start + len(segment.data)] = segment.data
-                for slot in layout.slots:  # before what is gathered around them
-                    if slot.nbytes and not tensors[slot.tensor].is_cuda:
-                        _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
-                own = [s for s in layout.slots if s.nbytes and tensors[s.tensor].is_cuda]
-                waits = [s for s in own if index == 0 and s.tensor not in steady]
-                leisure = [s for s in own if index != 0 or s.tensor in steady]
-                gap = GAP if len({tensors[s.tensor].device for s in own}) == 1 else 0  # one stream for all of the file
-                staged.at_once += self._enqueue(target, tensors, waits, staged, gap)
-                staged.later += self._enqueue(target, tensors, leisure, staged, gap)
+                waits = [s for s in layout.slots if index == 0 and s.tensor not in steady]
+                leisure = [s for s in layout.slots if index != 0 or s.tensor in steady]
+                staged.at_once += self._enqueue(target, tensors, waits, staged)
+                staged.later += self._enqueue(target, tensors, leisure, staged)
         for event in staged.at_once:
             torch.cuda.current_stream().wait_event(event)
         return staged
 
     def _enqueue(
-        self, target: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slot], staged: Staged, gap: int
+        self, target: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slot], staged: Staged
     ) -> list[torch.cuda.Event]:
-        """Begin to copy some tensors on GPUs into the image; returns an event for each GPU."""
+        """Copy some tensors into the image; returns an event for each GPU that they are copied from."""
         by_device: dict[torch.device, list[Slot]] = {}
         for slot in slots:
-            by_device.setdefault(tensors[slot.tensor].device, []).append(slot)
+            if slot.nbytes:
+                by_device.setdefault(tensors[slot.tensor].device, []).append(slot)
         events = []
         for device, own in by_device.items():
+            if device.type != "cuda":
+                for slot in own:
+                    _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
+                continue
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
             staged.sources += [tensors[slot.tensor] for slot in own]
             with torch.cuda.device(device), torch.cuda.stream(stream):
-                samples = [_copy_run(target, run, tensors) for run in runs(own, gap)]
+                samples = [_copy_run(target, run, tensors) for run in runs(own)]
                 staged.samples.append(
                     Samples(target, [at for at, _ in samples], torch.cat([s for _, s in samples]), stream)
                 )
@@ -179,17 +177,11 @@ class Staged:
         return self.images
 
 
-def runs(slots: Sequence[Slot], gap: int = 0) -> Iterator[list[Slot]]:
-    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group.
-
-    Args:
-        slots: in the order of the file.
-        gap: bytes that may lie between neighbours.
-    """
+def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
+    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group."""
     group: list[Slot] = []
     for slot in slots:
-        apart = slot.start - (group[-1].start + group[-1].nbytes) if group else 0
-        near = group and (not apart or (apart <= gap and (slot.start - group[0].start) % _ALIGNED == 0))
+        near = group and slot.start == group[-1].start + group[-1].nbytes
         small = slot.nbytes <= GATHERED
         if group and not (near and small and slot.start + slot.nbytes - group[0].start <= SCRATCH):
             yield group
@@ -214,8 +206,6 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
         _view(target, run[0], source).copy_(source, non_blocking=True)
         return _sample(source.contiguous().reshape(-1).view(torch.uint8), start)
     scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
-    if sum(slot.nbytes for slot in run) < end - start:  # what lies between is in the image already
-        scratch.copy_(target[start:end], non_blocking=True)
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for slot in run:
         source = tensors[slot.tensor]
