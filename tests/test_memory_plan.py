@@ -90,10 +90,13 @@ def test_where_nothing_else_fits_one_of_a_few_layers_keeps_its_input() -> None:
 
 
 def test_rows_of_more_numbers_than_were_seen_to_train_are_refused() -> None:
-    with pytest.raises(TensorkeepError, match="rows of 1048577 tokens are too long") as e:
-        planned(LLAMA, 1, (1 << 20) + 1, 137 * GIB, HOST)
+    with pytest.raises(TensorkeepError, match="rows of 524289 tokens are too long") as e:
+        planned(LLAMA, 1, (1 << 19) + 1, 137 * GIB, HOST)
     assert e.value.where == "data.length"
-    assert planned(LLAMA, 4, 1 << 19, 500 * GIB, HOST).micro == 2
+    assert planned(LLAMA, 4, 1 << 18, 137 * GIB, HOST).micro == 2
+    assert planned(LLAMA, 4, 1 << 18, 500 * GIB, HOST, packed=True).micro == 4
+    with pytest.raises(TensorkeepError, match="rows of 1048577 tokens are too long"):
+        planned(LLAMA, 1, (1 << 20) + 1, 500 * GIB, HOST, packed=True)
 
 
 @pytest.mark.parametrize("length", [2048, 65536, 131072, 250000])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.language import _documents
 from tensorkeep.language._gated_layers import Fused, fuse_mlps
 from tensorkeep.language._memory_plan import GIB, LONG, Little, Plan, Sizes, Way, main_memory, planned
 from tensorkeep.language._recompute import Kept, lean
@@ -159,7 +160,8 @@ def fitted(
         what = "the memory of layers without a gated MLP over frozen linears is not known"
         hint = "memory: least, balanced or most, or gradient_checkpointing: true"
         raise TensorkeepError(what, where="training.memory_limit_gib", hint=hint)
-    return planned(_sizes(model, layers, alone, averaged), samples, length, round(limit * GIB), main_memory())
+    sizes, packed = _sizes(model, layers, alone, averaged), _documents.uses(model)
+    return planned(sizes, samples, length, round(limit * GIB), main_memory(), packed)
 
 
 def _sizes(model: Any, layers: Sequence[Any], alone: bool, averaged: bool) -> Sizes:

@@ -23,7 +23,9 @@ _HALF = 2  # bytes of a number
 _IN_FLIGHT: dict[Little, float] = {"queries": 5.0, "attention": 10.5, "start": 11.0}
 _SLACK = 256 << 20  # bytes: updates and their gradients in half precision, tables of positions
 _MARGIN = 0.03  # of the need: what torch's allocator cannot fill
-_NUMBERS = 1 << 32  # of a hidden state: as many were seen to train (benchmarks/results/qlora.md)
+# of a hidden state, as many as were seen to train (benchmarks/results/qlora.md): attention but for documents is by torch,
+# whose kernels count in 32 bits
+_NUMBERS, _NUMBERS_PACKED = 1 << 31, 1 << 32
 _STRETCHES = (2, 4, 6)  # layers of which one keeps its input
 _HOST_SHARE = 0.8  # of main memory that may be page-locked
 
@@ -133,7 +135,7 @@ def _waiting(sizes: Sizes, tokens: int, way: Way) -> int:
     return (-(-sizes.layers // way.every) + way.every - 1) * kept(sizes, tokens, way.little)
 
 
-def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> Plan:
+def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int, packed: bool = False) -> Plan:
     """Choose the fastest way that fits: as many layers as can keep their products, and only then fewer samples.
 
     Args:
@@ -142,6 +144,7 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
         length: tokens of a sample.
         limit: bytes of the GPU.
         host: bytes of main memory that may be used.
+        packed: whether rows of documents are attended without a mask.
 
     Returns:
         The plan.
@@ -149,7 +152,7 @@ def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int) -> P
     Raises:
         TensorkeepError: one sample at a time does not fit either, or is longer than what was seen to train.
     """
-    longest = _NUMBERS // max(sizes.hidden, sizes.queries)
+    longest = (_NUMBERS_PACKED if packed else _NUMBERS) // max(sizes.hidden, sizes.queries)
     if length > longest:
         what = f"rows of {length} tokens are too long: {longest} were seen to train"
         raise TensorkeepError(what, where="data.length", hint=f"{longest} tokens of a row at most (of a pair, for dpo)")
