@@ -23,8 +23,8 @@ _HALF = 2  # bytes of a number
 _IN_FLIGHT: dict[Little, float] = {"queries": 5.0, "attention": 10.5, "start": 11.0}
 _SLACK = 256 << 20  # bytes: updates and their gradients in half precision, tables of positions
 _MARGIN = 0.03  # of the need: what torch's allocator cannot fill
-# of a hidden state, as many as were seen to train (benchmarks/results/qlora.md): where rows are no documents, attention is
-# torch's, whose kernels count in 32 bits
+# of a hidden state, as many as were seen to train (benchmarks/results/qlora.md): where rows are no documents,
+# attention is torch's, whose kernels count in 32 bits
 _NUMBERS, _NUMBERS_PACKED = 1 << 31, 1 << 32
 _STRETCHES = (2, 4, 6)  # layers of which one keeps its input
 _HOST_SHARE = 0.8  # of main memory that may be page-locked
