@@ -17,6 +17,7 @@ from tensorkeep.conversion.fit import by_table
 from tensorkeep.conversion.planning import make_plan
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats._gguf_tokenizer import PRE, WHOLE_WORDS
+from tensorkeep.formats.gguf_config import hf_config
 from tensorkeep.formats.gguf_vocabulary import vocabulary_of
 from tensorkeep.formats.view import read
 from tensorkeep.storage.record import BLOCK_TYPES, PASSED_BLOCKS
@@ -305,6 +306,64 @@ def test_a_file_that_does_not_say_its_window_asks_for_a_config(
     assert "C01" in capsys.readouterr().err
     assert main([*words, "--config", str(tmp_path / "hf")]) == 0
     assert float((logits_of(tmp_path / "back") - logits).norm() / logits.norm()) < 1e-5
+
+
+def test_a_config_of_the_users_stands_for_what_the_metadata_cannot_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As llama.cpp's converter writes Qwen3-MoE without normalised routing, which its metadata cannot say."""
+    model(tmp_path / "hf", "qwen3_moe")
+    written(tmp_path / "hf", tmp_path / "m.gguf")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(document | {"norm_topk_prob": False}))
+    wanted = logits_of(tmp_path / "hf")
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf"]
+    assert main([*words, "--config", str(tmp_path / "hf")]) == 0
+    assert torch.equal(logits_of(tmp_path / "back"), wanted)
+    assert "norm_topk_prob false comes back as true" in capsys.readouterr().err
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(document | {"model_type": "granite"}))
+    assert main([*words, "--overwrite", "--config", str(tmp_path / "hf")]) == 2
+    assert "no table for the model type 'granite'" in capsys.readouterr().err
+    words[1] = str(tmp_path / "back")  # which has a config.json of its own
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(document))
+    assert main([*words[:2], str(tmp_path / "on"), *words[3:], "--config", str(tmp_path / "hf")]) == 0
+    assert "which says otherwise, is not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [
+        ("olmo2", "attention.sliding_window", 16, "some layers see a window"),
+        ("gemma2", "attention.sliding_window_pattern", 4, "its windows lie in other layers"),
+        ("gemma2", "rope.freq_base_swa", 5e5, "a RoPE of their own"),
+        ("gemma3_text", "attention.sliding_window_pattern", [True] * 7, "its windows lie in other layers"),
+    ],
+)
+def test_windows_that_llama_cpp_computes_and_the_model_type_has_not_are_refused(
+    name: str, key: str, value: Any, says: str, tmp_path: Path
+) -> None:
+    model(tmp_path / "hf", name)
+    metadata = dict(read(written(tmp_path / "hf", tmp_path / "m.gguf")).metadata["gguf"])
+    records = read(tmp_path / "m.gguf").records
+    architecture = metadata["general.architecture"]
+    with pytest.raises(TensorkeepError, match=says):
+        hf_config({**metadata, f"{architecture}.{key}": value}, records)
+
+
+def test_what_gemma3s_metadata_says_of_windows_and_caps_is_in_the_config(tmp_path: Path) -> None:
+    model(tmp_path / "hf", "gemma3_text")
+    view = read(written(tmp_path / "hf", tmp_path / "m.gguf"))
+    more = {"gemma3.rope.freq_base_swa": 2e4, "gemma3.final_logit_softcapping": 30.0}
+    more |= {"gemma3.attention.sliding_window_pattern": 6}
+    config = hf_config({**view.metadata["gguf"], **more}, view.records)
+    assert config["rope_parameters"]["sliding_attention"]["rope_theta"] == config["rope_local_base_freq"] == 2e4
+    assert config["final_logit_softcapping"] == 30.0
+
+
+def test_metadata_that_no_config_is_made_of_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_model(tmp_path / "m.gguf", extra=lambda writer: writer.add_attention_scale(0.5))
+    assert main(["convert", str(source), str(tmp_path / "back"), "--to", "hf"]) == 0
+    assert "llama.attention.scale" in capsys.readouterr().err
 
 
 def test_k_quants_are_refused_with_the_lines_that_make_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def convert(
         from_naming: The sources' naming, where it is not recognised by itself: {any_naming}.
         shard_size: The largest data file to write, e.g. 5GB.
         ranks: Write a dcp folder as so many ranks under FSDP2 would: a file a rank, with its rows of every tensor.
-        config: A config.json, or a folder with one, for sources that bring none.
+        config: A config.json, or a folder with one, for sources that bring none, and in place of a GGUF's metadata.
         for_: The program that is to load it: {targets}. Chooses its names; what it would misread is refused.
         ema: Take a run's averaged weights (--to hf, or peft of an adapter); OpenTAD's file of a detector holds both.
         dry_run: Print the plan and write nothing.

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from tensorkeep.conversion import naming as namings
 from tensorkeep.errors import TensorkeepError, near_misses, word
 from tensorkeep.formats import table as formats
-from tensorkeep.formats.view import StateView
+from tensorkeep.formats.view import Note, StateView
 from tensorkeep.output import Output, size
 from tensorkeep.storage.overwriting import Kind, lone_file
 from tensorkeep.storage.record import BLOCK_TYPES, OTHER_BLOCKS, SPELLINGS
@@ -66,14 +66,15 @@ def filled(text: str) -> str:
 
 
 def with_config(view: StateView, config: str | None) -> StateView:
-    """Return the view with the config that the user names; it also travels to the sink."""
-    linked = any(c.name == "config.json" and c.led_out for c in view.companions)
-    part = view.config if view.format == "gguf" and set(view.config or ()) == {"model_type"} else None
-    if config is None or (view.config is not None and not linked and part is None):
+    """Return the view with the config that the user names; it also travels to the sink.
+
+    A GGUF file's own was made of its metadata, so that the user's stands in its place; another checkpoint keeps the
+    config.json that lies beside it, and where that says something else a note tells.
+    """
+    if config is None:
         return view
     from tensorkeep.formats.companions import COMPANIONS, Companion, read_companion
     from tensorkeep.formats.config_types import believed
-    from tensorkeep.formats.gguf_metadata import ARCHITECTURES
     from tensorkeep.storage.budget import read_small_from
     from tensorkeep.storage.certificate import parse_json
     from tensorkeep.storage.files import LocalFolder
@@ -85,15 +86,38 @@ def with_config(view: StateView, config: str | None) -> StateView:
     document = parse_json(data, f"{folder.url}/{name}")
     if not isinstance(document, dict):
         raise TensorkeepError("is not a config.json", where=path)
-    present = folder.names() if path.is_dir() else []
-    if part is not None and ARCHITECTURES.get(str(document.get("model_type"))) != part["model_type"]:
-        kinds = f"{str(document.get('model_type'))[:40]!r}, and the file holds a {part['model_type']}"
-        raise TensorkeepError(f"is the config of a {kinds}", where=path, code="C01")
+    linked = any(c.name == "config.json" and c.led_out for c in view.companions)
+    if view.format == "gguf":
+        _stand_in(view, believed(document), path)
+    elif view.config is not None and not linked:
+        if believed(document) != view.config:
+            view.notes.append(Note("C01", f"has a config.json of its own: {path}, which says otherwise, is not used"))
+        return view
     view.config = believed(document)
-    others = [c for c in view.companions if c.name != "config.json"]
-    view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *others]
-    view.companions += [read_companion(folder, n) for n in COMPANIONS[1:] if n in present]
+    present = folder.names() if path.is_dir() else []
+    given = [read_companion(folder, n) for n in COMPANIONS[1:] if n in present]
+    taken = {"config.json", *(c.name for c in given)}
+    others = [c for c in view.companions if c.name not in taken]
+    view.companions = [Companion("config.json", data, f"{folder.url}/{name}"), *others, *given]
     return view
+
+
+def _stand_in(view: StateView, config: dict[str, Any], path: Path) -> None:
+    """Check that the user's config can stand for a GGUF's own, and note where the two say different things.
+
+    Raises:
+        TensorkeepError: C01 where it is another architecture's.
+    """
+    from tensorkeep.formats.gguf_metadata import ARCHITECTURES, contradictions
+
+    made, kind = view.config or {}, str(config.get("model_type"))
+    held = ARCHITECTURES.get(str(made.get("model_type")), made.get("model_type"))
+    if kind in ARCHITECTURES and held is not None and ARCHITECTURES[kind] != held:
+        raise TensorkeepError(f"is the config of a {kind[:40]!r}, and the file holds a {held}", where=path, code="C01")
+    view.metadata["not_in_config"] = []
+    with contextlib.suppress(TensorkeepError):  # the metadata cannot say this config's RoPE, and does not contradict it
+        if len(made) > 1 and (wrong := contradictions(config, made)):
+            view.notes.append(Note("C01", f"{path} stands for what the metadata says: {'; '.join(wrong[:3])}"))
 
 
 def found_in_store(result: Any) -> list[str]:

@@ -30,16 +30,25 @@ def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Co
 
 
 def left_behind(view: StateView) -> list[Note]:
-    """Return note F06 on the small files beside the weights that are links out of their folder: they are not copied.
+    """Return notes on what is said of a model beside its weights and not carried on.
 
     Args:
         view: the checkpoint.
+
+    Returns:
+        F06 on small files that are links out of their folder; C03 on a GGUF's metadata that no config is made of.
     """
     names = tuple(c.name for c in view.companions if c.led_out)
-    if not names:
-        return []
-    are = "is a link that leads" if len(names) == 1 else "are links that lead"
-    return [Note("F06", f"{', '.join(names)} {are} out of the folder: not copied; copy what you trust yourself", names)]
+    notes = []
+    if names:
+        are = "is a link that leads" if len(names) == 1 else "are links that lead"
+        what = f"{', '.join(names)} {are} out of the folder: not copied; copy what you trust yourself"
+        notes.append(Note("F06", what, names))
+    keys = view.metadata.get("not_in_config", ())
+    if keys:
+        what = f"no config is made of the metadata's {', '.join(keys[:6])}: llama.cpp may compute with it"
+        notes.append(Note("C03", f"{what}; --config gives another config.json"))
+    return notes
 
 
 def minimind_config(

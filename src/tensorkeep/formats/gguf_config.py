@@ -16,7 +16,14 @@ from typing import Any
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.companions import Companion
-from tensorkeep.formats.gguf_families import LOCAL_THETA, LONG, SHORT, attention_factor, gemma_config
+from tensorkeep.formats.gguf_families import (
+    LONG,
+    SHORT,
+    attention_factor,
+    gemma_config,
+    local_theta,
+    refuse_windows,
+)
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
 # llama.cpp's architecture -> transformers' model type and class
@@ -97,6 +104,7 @@ def hf_config(
     fields = Fields(metadata, str(architecture))
     experts = fields.whole("expert_count", 0, 0)
     kind, name = _MIXTRAL if architecture == "llama" and experts else _ARCHITECTURES[str(architecture)]
+    refuse_windows(kind, fields)
     heads, hidden = fields.whole("attention.head_count"), fields.whole("embedding_length")
     head_dim = fields.whole("attention.key_length", hidden // heads)
     shapes = {n: r.shape for n, r in records.items()}
@@ -209,7 +217,7 @@ def _rope(fields: Fields, model: str, head_dim: int, factors: Mapping[str, Seque
             )
     parameters: dict[str, Any] = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
     if model == "gemma3_text":
-        local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+        local = {"rope_type": "default", "rope_theta": shortest(local_theta(fields))}
         parameters = {"full_attention": parameters, "sliding_attention": local}
     return {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": parameters}
 

@@ -132,6 +132,7 @@ def gemma_config(kind: str, fields: Any, sizes: Mapping[str, int]) -> dict[str, 
     if kind not in GEMMAS:
         return {}
     out: dict[str, Any] = {"hidden_act": ACTIVATION, "hidden_activation": ACTIVATION}
+    _refuse_pattern(kind, fields, sizes["num_hidden_layers"])
     if kind in _PERIOD:
         layers = sizes["num_hidden_layers"]
         width = (sizes["hidden_size"], sizes["num_attention_heads"], sizes["head_dim"])
@@ -142,9 +143,47 @@ def gemma_config(kind: str, fields: Any, sizes: Mapping[str, int]) -> dict[str, 
         for key in ("attn_logit_softcapping", "final_logit_softcapping"):
             out[key] = fields.number(key)
     if kind == "gemma3_text":
-        out |= {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-        out["rope_local_base_freq"] = LOCAL_THETA
+        cap = fields.number("final_logit_softcapping", 0.0)
+        out |= {"attn_logit_softcapping": None, "final_logit_softcapping": cap or None}
+        out["rope_local_base_freq"] = local_theta(fields)
     return out
+
+
+def local_theta(fields: Any) -> float:
+    """Return RoPE's base in the layers that see a window: what the metadata says, or else what llama.cpp assumes.
+
+    Args:
+        fields: the metadata, `gguf_config.Fields`.
+    """
+    value: float = fields.number("rope.freq_base_swa", LOCAL_THETA, 1.0)
+    return value
+
+
+def _refuse_pattern(kind: str, fields: Any, layers: int) -> None:
+    """Stop where the metadata has its windows in other layers than this model type's, or with a RoPE of their own."""
+    given, assumed = fields.get("attention.sliding_window_pattern"), layer_types(kind, layers) or []
+    windowed = [what == "sliding_attention" for what in assumed]
+    if type(given) is int and given > 0:
+        given = [(n + 1) % given != 0 for n in range(layers)]
+    if given is not None and (not isinstance(given, list) or [bool(g) for g in given] != windowed):
+        raise TensorkeepError(f"its windows lie in other layers than {kind}'s", code="C03")
+    own, usual = fields.get("rope.freq_base_swa"), fields.number("rope.freq_base", LOCAL_THETA, 1.0)
+    if kind == "gemma2" and own is not None and own != usual:
+        raise TensorkeepError("its layers with a window have a RoPE of their own, which gemma2 has not", code="C03")
+
+
+def refuse_windows(kind: str, fields: Any) -> None:
+    """Stop at a window that llama.cpp computes with and the model type has not: OLMo 3 is written as OLMo 2 with one.
+
+    Args:
+        kind: transformers' model type.
+        fields: the metadata, `gguf_config.Fields`.
+
+    Raises:
+        TensorkeepError: C03 where the file says one.
+    """
+    if kind == "olmo2" and fields.whole("attention.sliding_window", 0, 0):
+        raise TensorkeepError("some layers see a window, as in OLMo 3, for which there is no table here", code="C03")
 
 
 def attention_factor(longest: int, original: int) -> float:

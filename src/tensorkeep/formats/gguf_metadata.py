@@ -262,8 +262,16 @@ def _refuse_unsaid(config: Mapping[str, Any]) -> None:
         raise unsaid(f"a sliding window of {window} in a context of {longest}")
 
 
-def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
-    """Stop where the config that our reader makes of the metadata is another model's."""
+def contradictions(config: Mapping[str, Any], back: Mapping[str, Any]) -> list[str]:
+    """Return what a config says otherwise than the one that is made of a file's metadata.
+
+    Args:
+        config: as config.json has it.
+        back: from `hf_config`.
+
+    Raises:
+        TensorkeepError: C03 where the metadata cannot say the config's RoPE at all.
+    """
     wrong = [
         f"{key} {json.dumps(config[key])[:40]} comes back as {json.dumps(value)[:40]}"
         for key, value in back.items()
@@ -272,13 +280,17 @@ def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
     mine, theirs = _rope(config), _rope(back)
     aside = {"type", "partial_rotary_factor", "original_max_position_embeddings", "factor"}
     aside = {"type"} if config.get("model_type") != "phi3" else aside  # said by entries that are compared above
-    wrong += [
+    return wrong + [
         f"{key} {mine.get(key)} comes back as {theirs.get(key)}"
         for key in sorted({*mine, *theirs} - aside)
         if _short(mine.get(key)) != _short(theirs.get(key))
         and (mine["rope_type"] != "llama3" or key not in LLAMA3 or mine.get(key) != LLAMA3[key])
     ]
-    if wrong:
+
+
+def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:
+    """Stop where the config that our reader makes of the metadata is another model's."""
+    if wrong := contradictions(config, back):
         raise unsaid("; ".join(wrong[:3]))
 
 
