@@ -15,6 +15,7 @@ from tensorkeep.formats.companions import Companion
 from tensorkeep.formats.names import natural
 from tensorkeep.formats.view import Note, StateView
 from tensorkeep.storage.layout import SinkTensor
+from tensorkeep.storage.record import DTYPES, TensorRecord, nbytes
 
 BY_USER = "dropped by the user"
 
@@ -51,6 +52,19 @@ class RowPermutation(NamedTuple):
         else:
             turned = [2 * j + k for k in range(2) for j in range(half)]
         return turned + list(range(self.rotary, self.block))
+
+
+def row_bytes(record: TensorRecord) -> int:
+    """Return the bytes of one of the rows that a permutation reorders.
+
+    Of stacked experts these are the rows of each one's matrix; codes of such a stack have more dimensions below them.
+
+    Args:
+        record: the stored tensor.
+    """
+    shape = record.shape
+    deep = 1 if len(shape) < 3 else 2 if not DTYPES[record.dtype].floating else len(shape) - 1
+    return nbytes(record.dtype, shape[deep:])
 
 
 class Part(NamedTuple):

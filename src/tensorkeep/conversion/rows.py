@@ -93,7 +93,8 @@ def _narrowed(part: Part, shape: Sequence[int], low: int, high: int, count: int)
     if (low, high) == (0, count):
         return [part]
     unit = math.prod(shape[1:-1])  # rows below one index of the first dimension
-    if part.turned or any(low % p.block or high % p.block for p in part.permutes) or (part.permutes and unit != 1):
+    across = any(low % p.block or high % p.block or (unit > 1 and unit % p.block) for p in part.permutes)
+    if part.turned or across:
         raise TensorkeepError(f"rows {low} to {high} of {part.name} are reordered across their edges", code="K06")
     base = (part.rows[0] if part.rows else 0) * unit
     base += part.inner[0] * math.prod(shape[2:-1]) if part.inner else 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from tensorkeep.conversion.plan import Part, Plan, RowPermutation, Step
+from tensorkeep.conversion.plan import Part, Plan, RowPermutation, Step, row_bytes
 from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.formats.gguf import encoded
 from tensorkeep.formats.view import StateView
@@ -79,7 +79,8 @@ def _moved(part: Part, view: StateView, source: Any, whole_rows: bool) -> Iterat
     if part.turned:
         yield from _turned(part, view, source)
         return
-    stored = view.stream(part.name, part.rows, max((p.block * row for p in part.permutes), default=element))
+    moved = row_bytes(record)
+    stored = view.stream(part.name, part.rows, max((p.block * moved for p in part.permutes), default=element))
     if part.inner is not None:
         row = nbytes(record.dtype, record.shape[2:])
         stored = _within(view.stream(part.name, part.rows, element), part.inner[0] * row, part.inner[1] * row)
@@ -89,7 +90,7 @@ def _moved(part: Part, view: StateView, source: Any, whole_rows: bool) -> Iterat
         if source is not None:
             source.update(piece)
         for permute in part.permutes:
-            piece = permuted(piece, permute, row)
+            piece = permuted(piece, permute, moved)
         yield piece
 
 
@@ -210,6 +211,9 @@ def rows_apart(step: Step, sources: Sequence[StateView], size: int) -> list[tupl
     if spans is None or any(crc is not None for *_, crc in spans):
         return None
     block = math.lcm(*(p.block for p in part.permutes)) if part.permutes else 1
+    block //= math.gcd(
+        block, nbytes(record.dtype, record.shape[1:]) // max(row_bytes(record), 1)
+    )  # an expert holds whole ones
     count = last - first
     rows = max(size // max(nbytes(record.dtype, record.shape[1:]) * block, 1), 1) * block
     return [(at, min(at + rows, count)) for at in range(0, count, rows)] if rows < count else None

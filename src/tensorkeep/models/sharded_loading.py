@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorkeep.conversion.plan import HfTensor, Part
+from tensorkeep.conversion.plan import HfTensor, Part, row_bytes
 from tensorkeep.conversion.streams import permuted
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.memory import torch_dtype
@@ -24,7 +24,7 @@ from tensorkeep.quantization import codes as quant_codes
 from tensorkeep.quantization.linear import HELD, QuantLinear
 from tensorkeep.quantization.packed import pack, pack_scales
 from tensorkeep.quantization.spreading import ROLES, rows_of
-from tensorkeep.storage.record import DTYPES, nbytes
+from tensorkeep.storage.record import DTYPES
 from tensorkeep.training.fsdp import own_runs
 
 
@@ -105,7 +105,8 @@ def _elements(part: Part, view: StateView, low: int, high: int) -> Iterator[memo
     begun = (part.rows[0] if part.rows else 0) * math.prod(record.shape[1:])
     begun += part.inner[0] * row if part.inner else 0
     width = DTYPES[record.dtype].bits // 8
-    unit = max((permute.block for permute in part.permutes), default=0) * row
+    moved = row_bytes(record)
+    unit = max((permute.block for permute in part.permutes), default=0) * moved // width
     if not unit:
         yield from view.elements(part.name, begun + low, begun + high, width)
         return
@@ -113,7 +114,7 @@ def _elements(part: Part, view: StateView, low: int, high: int) -> Iterator[memo
     at = first
     for piece in view.elements(part.name, begun + first, begun + last, unit * width):
         for permute in part.permutes:
-            piece = permuted(piece, permute, nbytes(record.dtype, (row,)))
+            piece = permuted(piece, permute, moved)
         count = len(piece) // width
         mine = piece[max(low - at, 0) * width : max(high - at, 0) * width]
         at += count

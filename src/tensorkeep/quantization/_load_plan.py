@@ -131,16 +131,22 @@ def repair_all(model: nn.Module, empty: Sequence[str], repair: Repair | None, de
     """
     if not empty or repair is None:
         return
-    for module in model.modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set:
-                filler = float("nan") if tensor.is_floating_point() else 0  # memory garbage might pass for a value
-                module._buffers[key] = torch.full(tensor.shape, filler, dtype=tensor.dtype, device=device or "cpu")
-    left = sorted(set(empty) - {unwrap(name)[0] for name in repair(model)})
-    if left:
-        raise TensorkeepError(
-            f"{left[0]} is in no file and cannot be recomputed ({len(left)} buffers)",
-            where="load_quantizing",
-            code="B01",
-            hint="build the model with real buffers: only its parameters need be on meta",
-        )
+    left = set(empty)
+    for whole in (0, 1):  # an integer that is right by chance is not repaired: what is left of them is tried anew
+        for path, module in model.named_modules():
+            for key in module._non_persistent_buffers_set:
+                tensor = module._buffers.get(key)
+                if tensor is not None and unwrap(f"{path}.{key}" if path else key)[0] in left:
+                    filler = (
+                        float("nan") if tensor.is_floating_point() else whole
+                    )  # memory garbage might pass for a value
+                    module._buffers[key] = torch.full(tensor.shape, filler, dtype=tensor.dtype, device=device or "cpu")
+        left -= {unwrap(name)[0] for name in repair(model)}
+        if not left:
+            return
+    raise TensorkeepError(
+        f"{min(left)} is in no file and cannot be recomputed ({len(left)} buffers)",
+        where="load_quantizing",
+        code="B01",
+        hint="build the model with real buffers: only its parameters need be on meta",
+    )

@@ -29,7 +29,7 @@ _SHARED = ("quant_map", "nested_quant_map")  # tables that all experts have in c
 _PRODUCTS = ("matmul", "__matmul__", "mm")
 
 
-class _WholeWanted(Exception):
+class _WholeWanted(AttributeError):
     """A forward does something else with an expert's matrix, or with the stack, than to multiply by it."""
 
 
@@ -170,6 +170,11 @@ class Stack(nn.Module):
         held = {n: b for n, b in self._buffers.items() if b is not None} or {"base_layer": self.base_layer.detach()}
         return xxhash.xxh3_128_digest("".join(f"{n} {digest_of(held[n])}\n" for n in sorted(held)).encode())
 
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(Tensor, name) and not name.startswith("_"):
+            raise _WholeWanted(name)
+        return super().__getattr__(name)
+
     def __getitem__(self, expert: Any) -> Any:
         if isinstance(expert, Tensor) and expert.ndim == 0 and not expert.dtype.is_floating_point:
             expert = int(expert)
@@ -222,16 +227,11 @@ class _Expert:
         """Where the stack is."""
         return self.stack.device
 
-    @property
-    def T(self) -> _Expert:
-        """The transpose."""
-        return _Expert(self.stack, self.expert, not self.turned)
-
-    mT = T
-
     def t(self) -> _Expert:
         """Return the transpose."""
-        return self.T
+        return _Expert(self.stack, self.expert, not self.turned)
+
+    T = mT = property(t)
 
     def transpose(self, first: int, second: int) -> _Expert:
         """Return the transpose, as `Tensor.transpose` does."""
@@ -306,7 +306,7 @@ class Stacked(nn.Module):
         """Run the module's own forward over tensors of all experts."""
         kind: Any = type(self).__bases__[1]
         mine = {n: m for n, m in self._modules.items() if isinstance(m, Stack)}
-        first = next(t for t in args if isinstance(t, Tensor) and t.is_floating_point())
+        first = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
         try:
             for name, stack in mine.items():
                 self.__dict__[name] = stack.whole(compute_dtype(first))  # found before the module of that name
