@@ -24,6 +24,7 @@ from tensorkeep.language import _documents
 from tensorkeep.language._head_loss import head_loss
 from tensorkeep.language.data.batches import IGNORED, block_mask, targets_of
 from tensorkeep.models.language_model import text_config
+from tensorkeep.models.refusals import said
 from tensorkeep.quantization.spreading import holds_codes
 
 CHUNK = 2048  # targets a chunk: of a vocabulary of 128,256 that is 1 GB of float32 logits
@@ -171,7 +172,7 @@ def _is_plain(model: nn.Module) -> bool:
         if head is None or _capped(config) or not any(module is head for module in owner.modules()):
             return False
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % int(config.vocab_size)
-        logits = owner(input_ids=ids, use_cache=False).logits
+        logits = _over_text(owner, input_ids=ids, use_cache=False).logits
         try:
             with headless(model, True):
                 hidden = owner(input_ids=ids, use_cache=False).logits
@@ -192,7 +193,19 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
         dtype = next(p.dtype for p in inner(model).parameters() if not holds_codes(p)) if eager else None
         extra = {"position_ids": batch["position_ids"], "attention_mask": block_mask(batch["segments"], dtype)}
-    return model(input_ids=batch["input_ids"], use_cache=False, **extra)
+    return _over_text(model, input_ids=batch["input_ids"], use_cache=False, **extra)
+
+
+def _over_text(model: nn.Module, **given: Any) -> Any:
+    """Run a model on rows of text, or say that it asks for more than text."""
+    try:
+        return model(**given)
+    except (TypeError, ValueError) as error:
+        raise TensorkeepError(
+            f"{type(inner(model)).__name__} does not take rows of text alone: {said(error)}",
+            where="model",
+            hint="models that need pictures or other inputs beside the text are not trained here",
+        ) from error
 
 
 def takes_documents(model: nn.Module, ids: Tensor) -> bool:

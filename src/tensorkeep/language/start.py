@@ -32,7 +32,7 @@ from tensorkeep.formats.whole_config import complete
 from tensorkeep.language._bases import in_codes, is_quantized
 from tensorkeep.language._shards import prepare, why_whole
 from tensorkeep.language.recipe import LanguageRecipe
-from tensorkeep.models.language_model import auto_class, believable_config, model_of, text_config
+from tensorkeep.models.language_model import auto_class, believable_config, model_of, never_rescaled, text_config
 from tensorkeep.models.refusals import refusals, said
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.canonical_json import canonical
@@ -243,6 +243,7 @@ def loaded(view: StateView) -> nn.Module:
     Raises:
         TensorkeepError: transformers cannot load it, or reports a tensor as missing (K01) or unexpected (K02).
     """
+    _refuse_encoders(view.config or {}, view.path)
     if is_quantized(view) and (coded := in_codes(view, _hollow, None, torch.device("cpu"))) is not None:
         return coded
     try:
@@ -260,6 +261,14 @@ def loaded(view: StateView) -> nn.Module:
         )
     made: nn.Module = model
     return made
+
+
+def _refuse_encoders(config: Mapping[str, Any], path: str) -> None:
+    """Stop at an encoder-decoder: its decoder alone would load, without most of the file."""
+    named = str((config.get("architectures") or [""])[0])
+    if config.get("is_encoder_decoder") is True and not named.endswith("ForCausalLM"):
+        what = f"{named or 'the model'} has an encoder: only causal language models train here"
+        raise TensorkeepError(what, where=path, hint="convert, diagnose and merge take it, with adapters of PEFT's own")
 
 
 def _hollow(config: Mapping[str, Any]) -> nn.Module:
@@ -297,7 +306,7 @@ def from_config(config: dict[str, Any], seed: int, stored: int | None = None) ->
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            made: nn.Module = auto.from_config(believed, trust_remote_code=False)
+            made: nn.Module = never_rescaled(auto.from_config(believed, trust_remote_code=False))
     except refusals() as error:
         raise TensorkeepError(
             f"transformers cannot build it: {said(error)}",

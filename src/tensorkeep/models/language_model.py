@@ -82,7 +82,23 @@ def model_of(view: StateView, spare: dict[str, Any] | None = None) -> tuple[Any,
     except refusals() as error:
         raise Inconclusive(f"transformers cannot load it: {said(error, 300)}") from None
     report = {k: sorted(str(n) for n in info[k]) for k in _LOADING if info.get(k)}
-    return model.eval(), report
+    return never_rescaled(model).eval(), report
+
+
+def never_rescaled(model: Any) -> Any:
+    """Let a model leave its weights alone: RWKV divides some by powers of two when it evaluates, and so would be saved.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        The model; its logits are those that it trains with.
+    """
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "rescale_every", 0):
+            config.rescale_every = 0
+    return model
 
 
 def auto_class(transformers: Any, document: dict[str, Any]) -> Any:
