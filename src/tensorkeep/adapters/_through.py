@@ -41,7 +41,7 @@ def sent_through(state: MergeBase, forms: Forms) -> tuple[dict[str, Encoding], d
     for name, item in state.hf_tensors.items():
         module, _, last = name.rpartition(".")
         whole = len(item.parts) == 1 and item.parts[0].rows is None
-        if item.parts[0].name in state.coded:
+        if item.parts[0].name in state.coded or item.tied_to in state.hf_tensors:  # as its partner
             continue
         if name in joined or last != "weight" or len(item.shape) != 2 or not DTYPES[item.dtype].floating or not whole:
             continue

@@ -24,6 +24,10 @@ _EMBEDDINGS = re.compile(
     r"(.+\.)?(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings|embedding)\.weight\Z"
 )
 
+# their `tie_word_embeddings` says as well whether the head's input is scaled: it stays, and transformers 5 loads two
+# tensors that differ as two whatever it says
+SCALED_BY_TIE = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop")
+
 
 def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool) -> None:
     """Find the base's embedding and head, and whether they are one tensor; where it is stored once, add the head.
@@ -36,7 +40,8 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
     if hf.EMBEDDING not in state.hf_tensors and (untie or any(_may_touch(s.adapter, state) for s in sources)):
         names = ask_names(state)
         if names is not None and names.input_weight is not None:
-            one, other = names.input_weight, names.output_weight or hf.HEAD
+            other = names.output_weight or hf.HEAD
+            one = names.live_tied.get(other, names.input_weight)  # a decoder may have an embedding of its own
             state.embedding, state.head = name_in_file(names, one), name_in_file(names, other)
             state.tied = names.live_tied.get(other) == one or names.live_tied.get(one) == other
         else:
@@ -69,7 +74,11 @@ def _guess(state: MergeBase) -> None:
 
 
 def settle_ties(
-    state: MergeBase, sources: Sequence[WeightedAdapter], wanted: dict[str, list[Term]], untie: bool
+    state: MergeBase,
+    sources: Sequence[WeightedAdapter],
+    wanted: dict[str, list[Term]],
+    untie: bool,
+    apart: bool = False,
 ) -> bool:
     """Change head and embedding of a tied base together, or part them as PEFT or the user does, or stop.
 
@@ -78,6 +87,7 @@ def settle_ties(
         sources: the adapters.
         wanted: what changes each hf tensor; changed in place.
         untie: whether the user wants two tensors.
+        apart: whether other tensors were parted, which may be all that the user asked for.
 
     Returns:
         Whether the two are parted.
@@ -85,7 +95,8 @@ def settle_ties(
     Raises:
         TensorkeepError: T01 for a low-rank change of one of the two, or `untie` of two that are not tied.
     """
-    if untie and not state.tied:
+    untie = untie and not (apart and not any(wanted.get(n) for n in (state.embedding, state.head)))
+    if untie and not state.tied and not apart:
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
     pair = (state.embedding, state.head)
     embed, head = (wanted.get(n, []) for n in pair)
@@ -106,14 +117,11 @@ def settle_ties(
         _refuse_sum(state, sources, embed, head)
     if not untie:
         what = "both" if embed and head else state.embedding if embed else state.head
-        state.notes.append(
-            Note(
-                "T01",
-                f"the base ties {state.head} to {state.embedding}, and the adapter brings {what} whole: they are two "
-                "tensors in the merged model, as in the trained one, and config.json says tie_word_embeddings: false",
-                pair,
-            )
-        )
+        kept = (state.config or {}).get("model_type") in SCALED_BY_TIE
+        said = "transformers 5 loads them so" if kept else "config.json says tie_word_embeddings: false"
+        told = f"the base ties {state.head} to {state.embedding}, and the adapter brings {what} whole: they are two "
+        told += f"tensors in the merged model, as in the trained one, and {said}"
+        state.notes.append(Note("T01", told, pair))
     for name in pair:
         stored = state.hf_tensors[name].parts[0].name
         state.records[stored] = replace(state.records[stored], tied_to=None)

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tensorkeep.adapters._inner_ties import find_shared, settle_shared
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._through import sent_through
-from tensorkeep.adapters._ties import find_tied, settle_sizes, settle_ties
+from tensorkeep.adapters._ties import SCALED_BY_TIE, find_tied, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
@@ -183,6 +184,7 @@ def _merged_view(
     state = MergeBase(base, config, to_hf_tensors(base, 0, identity, config, []), weights, records, dtype, ask=ask)
     state.coded = {w.stands_for for w in coded.values() if w.held}
     find_tied(state, sources, untie)
+    shared = find_shared(state)
     if forms is not None:
         state.through, state.joined = sent_through(state, forms)
     wanted: dict[str, list[Term]] = {}
@@ -190,7 +192,8 @@ def _merged_view(
         for name, found in terms_of(state, number, source).items():
             wanted.setdefault(name, []).extend(found)
     sizes = settle_sizes(state, sources, wanted)
-    parted = settle_ties(state, sources, wanted, untie)
+    apart = settle_shared(state, sources, wanted, shared, untie)
+    parted = settle_ties(state, sources, wanted, untie, apart)
     state.notes += _base_notes(sources, coded, onto)
     for stored in [
         *weights,
@@ -325,6 +328,7 @@ def _base_notes(
 def _keep_config_true(view: MergedView, state: MergeBase, floats: bool, parted: bool, rows: int | None) -> None:
     """Keep the config true: no quantization is left, head and embedding are two tensors, the vocabulary has `rows`."""
     before = state.hf_tensors[state.embedding].shape[0] if rows is not None else None
+    parted = parted and (state.config or {}).get("model_type") not in SCALED_BY_TIE
 
     def true(part: Mapping[str, Any], top: bool) -> dict[str, Any]:
         """One level of the config, and those of the language model inside it."""

@@ -70,8 +70,8 @@ def merge(
         dtype: Round every floating tensor to it (bf16, fp16, fp32). Default: the base's own.
         shard_size: The largest data file to write, e.g. 5GB.
         ranks: Write a dcp folder as so many ranks under FSDP2 would: a file a rank, with its rows of every tensor.
-        config: A config.json, or a folder with one, for a base that brings none.
-        untie: Write head and embedding as two tensors, where the adapter changes one of a tied pair.
+        config: A config.json, or a folder with one, for a base that brings none, and in place of a GGUF's metadata.
+        untie: Write tied tensors apart (head and embedding, weights that layers share), where the adapter changes one.
         allow_other_base: Merge though the adapter names another base by digest.
         dry_run: Print the plan and write nothing.
         overwrite: Replace an existing sink, once the new one is proven.

@@ -1,5 +1,7 @@
 """Decide whether head and embedding are one tensor, from the config and the data, never from equal values alone.
 
+So it is with whatever else a model ties, such as the layers of Zamba that share their attention.
+
 Both there and equal: hf stores one, other formats keep both names over the same bytes. Both there and different: both
 are kept and said (T01), none overwrites the other. One there and the config ties them: DCP and MiniMind ask for both
 names, so the other is made. The embedding alone and the config does not tie: the checkpoint is incomplete (K01).
@@ -53,12 +55,13 @@ def tie(
     tied = hf.tied(dict(config)) if config is not None else None
     if target is None or (hf.HEAD not in tensors and _headless(config)):
         return
-    if hf.EMBEDDING not in tensors:
-        named = ask(config, tensors) if ask is not None and config is not None and tied is not False else {}
-        for name, source in named.items():
-            _one_or_two((name, source), True, tensors, to, target, sources, dropped, notes, twice)
-        return
-    _one_or_two((hf.HEAD, hf.EMBEDDING), tied, tensors, to, target, sources, dropped, notes, twice)
+    own = hf.EMBEDDING in tensors
+    named = ask(config, tensors) if ask is not None and config is not None and (own or tied is not False) else {}
+    pairs = {n: s for n, s in named.items() if not own or n != hf.HEAD}  # a layer's weights may be another layer's
+    for name, source in pairs.items():
+        _one_or_two((name, source), True, tensors, to, target, sources, dropped, notes, twice)
+    if own:
+        _one_or_two((hf.HEAD, hf.EMBEDDING), tied, tensors, to, target, sources, dropped, notes, twice)
 
 
 def _one_or_two(
@@ -95,20 +98,30 @@ def _one_or_two(
         notes.append(
             Note(
                 "T01",
-                f"the config ties {own.removesuffix('.weight')} to the embedding, but the file holds a different one: "
-                "both are kept; transformers 5 unties them with a warning, torchtitan overwrites the head",
+                f"the config ties {own.removesuffix('.weight')} to {_spoken(other)}, but the file holds a different "
+                f"one: both are kept; transformers 5 unties them with a warning{_titan(own)}",
                 (own, other),
             )
         )
     elif formats.fact(to, "TIED") == "one":
         del tensors[own]
         dropped += [
-            Step(("drop",), (part,), None, "tied: the same bytes as the embedding, which hf stores once")
+            Step(("drop",), (part,), None, f"tied: the same bytes as {_spoken(other)}, which hf stores once")
             for part in head.parts
         ]
     else:
         tensors[other] = replace(embed, tied_to=None)
         tensors[own] = replace(head, actions=(*head.actions, "tie"), tied_to=other)
+
+
+def _spoken(name: str) -> str:
+    """Return what messages call the tensor that another one is tied to."""
+    return name.removesuffix(".weight") if re.search(r"\.\d+\.", name) else "the embedding"
+
+
+def _titan(own: str) -> str:
+    """Return what torchtitan does with two that differ: it has ties of a head alone."""
+    return ", torchtitan overwrites the head" if own == hf.HEAD else ""
 
 
 def _headless(config: Mapping[str, Any] | None) -> bool:

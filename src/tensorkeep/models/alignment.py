@@ -76,18 +76,20 @@ def as_loaded(config: Mapping[str, Any] | None, tensors: Tensors, sources: Seque
 
 
 def tied_names(config: Mapping[str, Any] | None, tensors: Collection[str]) -> dict[str, str]:
-    """Return which names share another's tensor by the config: head -> embedding.
+    """Return which names share another's tensor by the config: head -> embedding, one layer's -> another layer's.
 
     Args:
         config: as config.json has it.
-        tensors: names of the checkpoint; where Llama's embedding is among them, nobody is asked.
+        tensors: names of the checkpoint; where Llama's embedding is among them, its tables say what they know.
     """
     if config is None:
         return {}
-    if hf.EMBEDDING in tensors:
-        return {hf.HEAD: hf.EMBEDDING} if hf.tied(dict(config)) else {}
-    names = known(config)
-    return dict(names.tied) if names is not None else {}
+    if hf.EMBEDDING not in tensors:
+        names = known(config)
+        return dict(names.tied) if names is not None else {}
+    head = {hf.HEAD: hf.EMBEDDING} if hf.tied(dict(config)) else {}
+    names = known(config) if rearranges(config) else None
+    return head | {n: other for n, other in (names.tied if names is not None else {}).items() if n != hf.HEAD}
 
 
 def _better(names: ModelNames, before: Tensors, after: Tensors) -> Tensors:

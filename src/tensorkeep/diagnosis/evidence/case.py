@@ -127,9 +127,9 @@ class Case:
 
     @property
     def embedding(self) -> str:
-        """The name of the input embedding."""
+        """The name of the input embedding; of two (T5Gemma's encoder's, decoder's) the one that the head is tied to."""
         found = self.names.in_file(f"{self.names.embedding}.weight") if self._asks() and self.names else None
-        return found or hf.EMBEDDING
+        return (self.names.tied.get(self.head) if found and self.names else None) or found or hf.EMBEDDING
 
     @property
     def head(self) -> str:
