@@ -23,6 +23,7 @@ from tensorkeep.formats.view import read
 from tensorkeep.language.losses import forward
 from tensorkeep.language.start import loaded
 from tensorkeep.models.language_model import model_of
+from tensorkeep.models.meta_model import positions
 from tensorkeep.quantization._load_plan import meta_buffers, repair_all
 from tensorkeep.quantization.stacks import Stack, quantize_stack
 
@@ -260,3 +261,13 @@ def test_a_tied_head_of_another_name_is_no_weight_of_its_own_where_an_adapter_wa
     assert main(["merge", *(str(tmp_path / n) for n in ("model", "adapter", "out"))]) == 0
     first, found = (read(tmp_path / n) for n in ("model", "out"))
     assert first.digest("biogpt.embed_tokens.weight") == found.digest("biogpt.embed_tokens.weight")
+
+
+def test_positions_of_a_tower_that_sees_are_not_those_of_the_text() -> None:
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    tower = {**sight, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "projection_dim": 32}
+    text = {**sight, "model_type": "llama", "vocab_size": 64}
+    ids = {"image_token_index": 60, "video_token_index": 61}
+    config = transformers.AutoConfig.for_model("video_llava", text_config=text, vision_config=tower, **ids)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert any(n.endswith("position_embedding") for n, _ in model.named_modules()) and positions(model) is None

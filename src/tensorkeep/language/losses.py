@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -193,7 +194,8 @@ def forward(model: nn.Module, batch: Mapping[str, Any]) -> Any:
         eager = getattr(inner(model).config, "_attn_implementation", "eager") == "eager"
         dtype = next(p.dtype for p in inner(model).parameters() if not holds_codes(p)) if eager else None
         extra = {"position_ids": batch["position_ids"], "attention_mask": block_mask(batch["segments"], dtype)}
-    return _over_text(model, input_ids=batch["input_ids"], use_cache=False, **extra)
+    run = model if extra else partial(_over_text, model)  # what packed rows do to a model is for `refuse_rows` to say
+    return run(input_ids=batch["input_ids"], use_cache=False, **extra)
 
 
 def _over_text(model: nn.Module, **given: Any) -> Any:

@@ -150,7 +150,15 @@ def positions(model: nn.Module) -> int | None:
         model: a transformers model.
     """
     found = []
+    text = _path(model, getattr(model, "get_input_embeddings", lambda: None)) or ""
+    seeing = tuple(
+        f"{n}."
+        for n, m in model.named_modules()
+        if getattr(m, "main_input_name", "input_ids") != "input_ids" and not f"{text}.".startswith(f"{n}." if n else "")
+    )
     for name, module in model.named_modules():
+        if name.startswith(seeing):
+            continue
         table = isinstance(module, nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)
         if table and not re.search(r"vis(ion|ual)|image|relative", name):
             found.append(module.num_embeddings - int(getattr(module, "offset", 0) or 0))
