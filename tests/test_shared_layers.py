@@ -271,3 +271,14 @@ def test_positions_of_a_tower_that_sees_are_not_those_of_the_text() -> None:
     config = transformers.AutoConfig.for_model("video_llava", text_config=text, vision_config=tower, **ids)
     model = transformers.AutoModelForImageTextToText.from_config(config)
     assert any(n.endswith("position_embedding") for n, _ in model.named_modules()) and positions(model) is None
+
+
+def test_positions_that_transformers_leaves_out_of_files_are_not_missed(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    model = saved("marian", tmp_path / "model", SEQ2SEQ, **sizes, decoder_start_token_id=0, max_position_embeddings=32)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    assert "model.encoder.embed_positions.weight" not in read(tmp_path / "model")
+    assert main(["diff", str(tmp_path / "model"), str(tmp_path / "saved.pth")]) == 0
+    found = tk.check_loaded(model, tmp_path / "model")
+    assert [f.code for f in found] == ["K01"] and {f.severity for f in found} == {"info"}

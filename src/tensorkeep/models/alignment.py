@@ -93,8 +93,9 @@ def tied_names(config: Mapping[str, Any] | None, tensors: Collection[str]) -> di
 
 
 def _better(names: ModelNames, before: Tensors, after: Tensors) -> Tensors:
-    """Return the translated tensors where more of the file's names are among them than before."""
-    return after if _count(after, names.file) > _count(before, names.file) else before
+    """Return the translated tensors where more of the file's names are among them than before, or fewer others."""
+    more = _count(after, names.file) - _count(before, names.file)
+    return after if more > 0 or (more == 0 and len(after) < len(before)) else before
 
 
 def _count(tensors: Collection[str], names: Collection[str]) -> int:

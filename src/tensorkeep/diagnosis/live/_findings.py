@@ -74,10 +74,20 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) 
     if seen.within:
         message = f"{len(seen.within)} quantized tensors are the file's within their quantization; less is not seen"
         yield Finding("Q02", "info", message, seen.within)
+    made = [m for m in seen.missing if any(re.search(p, m.name) for p in _unsaved(model))]
+    if made:
+        message = f"{len(made)} tensors are in no file, the model computes them itself; their values were not compared"
+        yield Finding("K01", "info", message, [m.name for m in made])
+    seen.missing = [m for m in seen.missing if all(m is not o for o in made)]
     yield from _missing(seen.missing, tensors, source, adapter_names.parts_of(model))
     yield from _dropped(model, tensors, source, bool(seen.missing))
     yield from _gathered(seen.found)
     yield from _cause(model, seen.found, seen.compared, source)
+
+
+def _unsaved(model: nn.Module) -> list[str]:
+    """Return the patterns of tensors that transformers leaves out of files (Marian's positions)."""
+    return [str(p) for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_save", None) or ()]
 
 
 @dataclass
