@@ -140,6 +140,7 @@ def test_an_encoder_decoder_is_refused_for_training_by_its_name(tmp_path: Path) 
     sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
     sizes |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     saved("bart", tmp_path, SEQ2SEQ, **sizes)
+    assert tk.diagnose(str(tmp_path)).exit_code == 0  # its bias of the logits is [1, 64] zeros
     with pytest.raises(TensorkeepError, match="BartForConditionalGeneration has an encoder"):
         loaded(read(tmp_path))
 
