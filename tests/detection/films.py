@@ -39,23 +39,24 @@ def film(
     sound: float = 0.0,
     start: float = 0.0,
     times: Any = None,
+    unit: Fraction = Fraction(1, 1000),
     gop: int = 12,
     b_frames: int = 2,
     form: str | None = None,
     size: tuple[int, int] = (WIDTH, HEIGHT),
     **options: str,
 ) -> Path:
-    """Write `frames` numbered pictures, `sound` seconds of sound, all `start` seconds late; `times`: ms a picture."""
+    """Write `frames` numbered pictures and `sound` seconds of sound, all `start` seconds late; `times` in `unit`."""
     with av.open(str(path), "w", format=form, options=options) as out:
         stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height = size
-        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         context = stream.codec_context
         context.gop_size, context.thread_count = gop, 1
         context.max_b_frames = b_frames
         if codec == "libx264":
             context.options = {"preset": "veryfast", "x264-params": "log-level=none"}
-        unit = Fraction(1, rate) if times is None else Fraction(1, 1000)
+        unit = Fraction(1, rate) if times is None else unit
         context.time_base = unit
         kind = "libmp3lame" if path.suffix == ".flv" else "mp2"
         heard = out.add_stream(kind, rate=44100, layout="mono") if sound else None

@@ -195,7 +195,7 @@ def test_packets_that_a_transport_stream_lacks_are_told_by_their_count(tmp_path)
 
 
 def test_what_a_decoder_mends_in_silence_is_heard_and_nothing_else_is_logged(tmp_path, caplog):
-    path = film(tmp_path / "a.mkv", codec="ffv1", b_frames=0)
+    path = film(tmp_path / "a.mkv", codec="ffv1", b_frames=0, write_crc32="0")
     at, end = [at for at, _ in starts(path)][20:22]
     data = bytearray(path.read_bytes())
     data[(at + end) // 2] ^= 255

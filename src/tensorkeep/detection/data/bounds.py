@@ -8,6 +8,7 @@ joined to the first, players of most formats stop at its beginning and say nothi
 from __future__ import annotations
 
 import mmap
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -22,6 +23,12 @@ _BEGINNINGS = {
     "wtv": bytes.fromhex("b7d800203749da11a64e0007e95ead8d"),
     "apng": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
 }
+_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of ASF: its object that has lengths
+_PACKETS = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")  # and that of its packets
+_TAGS = (8, 9, 18)  # of parts of an FLV
+_AFTER = 4  # bytes behind each, which say how long it is
+_SHOWN = (b"\x80theora", b"OVP80")  # what a stream of pictures begins with in Ogg
+_FILLED = re.compile(rb"[^\0]")
 _SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
 _PARTITION = bytes.fromhex("060e2b34020501010d010201")  # of MXF; what follows says which
 _FOOTER = 24  # bytes from the start of a partition's fields to the place of the footer
@@ -74,11 +81,8 @@ def bounds(path: Path, kind: str, ends: Sequence[int], boxes: Iterable[tuple[byt
 def _stated(data: mmap.mmap, kind: str, ends: Sequence[int]) -> int:
     """Return how long a file is by its own header; 0 where it does not say."""
     head = data[:_HEAD]
-    if kind == "avi":  # lengths of a recording that was not finished are 0 or all ones, as are those that overflow
-        size = int.from_bytes(head[4:8], "little")
-        movi = head.find(b"movi")
-        inner = int.from_bytes(head[movi - 4 : movi], "little") if movi > 0 else 0
-        return size + _EIGHT if head[:4] == b"RIFF" and 0 < inner < size < 0x7FFFFFFF else 0
+    if kind == "avi":
+        return _riff_end(data)
     if kind.startswith("matroska"):
         place = head.find(_SEGMENT)
         if place < 0:
@@ -98,6 +102,74 @@ def _stated(data: mmap.mmap, kind: str, ends: Sequence[int]) -> int:
     return 0
 
 
+def _riff_end(data: mmap.mmap) -> int:
+    """Return where an AVI ends by its lengths, those of the parts that OpenDML adds included; 0 where it does not say.
+
+    Lengths of a recording that was not finished are 0 or all ones, as are those that overflow.
+    """
+    head = data[:_HEAD]
+    size, movi = int.from_bytes(head[4:8], "little"), head.find(b"movi")
+    inner = int.from_bytes(head[movi - 4 : movi], "little") if movi > 0 else 0
+    if head[:4] != b"RIFF" or not 0 < inner < size < 0x7FFFFFFF:
+        return 0
+    end = _EIGHT + size + size % 2
+    while data[end : end + 4] == b"RIFF" and data[end + 8 : end + 12] == b"AVIX":
+        size = int.from_bytes(data[end + 4 : end + 8], "little")
+        if not 0 < size < 0x7FFFFFFF:
+            return 0
+        end += _EIGHT + size + size % 2
+    return end
+
+
+def whole_riff(path: Path) -> bool:
+    """Return whether an AVI is as long as it says, and its parts follow one another to its end.
+
+    Args:
+        path: the file; of one that is no AVI nothing is known.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end, place = _riff_end(data), 0
+        if end <= 0 or not -1 <= len(data) - end <= _SLACK:
+            return False
+        while place + _EIGHT <= end:
+            name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+            if not name.strip().isalnum():
+                return False
+            listed = name == b"RIFF" or (name == b"LIST" and data[place + 8 : place + 12] in (b"movi", b"rec "))
+            place += 12 if listed else _EIGHT + size + size % 2
+        return place <= end + 1
+
+
+def missing_fragments(path: Path) -> str:
+    """Say whether fragments of an MP4 lack within it by their numbers, which elsewhere rise by one; "" where not.
+
+    Args:
+        path: the file.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        numbers = [int.from_bytes(data[place + 20 : place + 24], "big") for place in _fragments(data)[0]]
+    gaps = sum(later > before + 1 for before, later in pairwise(numbers))
+    few = 0 < gaps <= max(1, len(numbers) // 10) and sorted(numbers) == numbers
+    return "numbers of its fragments are missing" if few else ""
+
+
+def _fragments(data: mmap.mmap) -> tuple[list[int], int]:
+    """Return where the fragments of an MP4 begin, and where its outermost boxes end; nothing of one without any.
+
+    A last box that has no pictures, an index of fragments say, is taken for whole.
+    """
+    places, place, length, fragmented = list[int](), 0, len(data), False
+    while place + 8 <= length:
+        size, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
+        size = int.from_bytes(data[place + 8 : place + 16], "big") if size == 1 else size or length - place
+        if size < 8 or not name.isalnum():
+            break
+        places += [place] if name == b"moof" else []
+        fragmented = fragmented or (name == b"moov" and data.find(b"mvex", place, place + size) >= 0)
+        place += size if name in (b"moof", b"mdat") else min(size, length - place)
+    return (places, place) if fragmented else ([], 0)
+
+
 def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     """Say what a file lacks at its end whose format gives no length."""
     tail = data[-_HEAD:]
@@ -105,11 +177,22 @@ def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
         return "its last frame is not whole"
     if kind == "mjpeg" and len(ends) > 1 and b"\xff\xd9" not in data[ends[-2] : ends[-1]]:
         return "its last picture is not whole"
+    if kind.startswith("mov") and (place := _fragments(data)[1]):
+        if place < len(data) and _FILLED.search(data, place):  # zeros are padding
+            return f"of its last {len(data) - place} bytes, which are no part of it, nothing is read"
+        return f"{place - len(data)} bytes of its last part are missing" if place > len(data) else None
+    if kind == "flv" and (more := _flv_end(data) - len(data)) > _AFTER:
+        return f"{more} bytes of its last part are missing"
     if kind == "apng" and b"IEND" not in tail:
         return "it has no end"
     if kind == "ogg":
-        last = {serial: flags & 4 for _, serial, _, flags in _pages(data)}
-        return "it has no last page" if last and not any(last.values()) else None
+        last, shown = dict[int, int](), set[int]()
+        for place, serial, _, flags in _pages(data):
+            last[serial] = flags & 4
+            if flags & 2 and data[place + 28 : place + 35].startswith(_SHOWN):
+                shown.add(serial)
+        ended = [last[serial] for serial in shown or last]
+        return "it has no last page" if ended and not any(ended) else None
     if kind == "mxf" and data[:12] == _PARTITION and (place := _stated(data, kind, ends)):
         return None if data[place : place + 12] == _PARTITION else "its end does not lie where its header says"
     return None
@@ -120,11 +203,16 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
     if kind.startswith("mov"):
         found = list(boxes)
         again = [k for k, (name, _) in enumerate(found) if name == b"moov"][1:]
+        more = _FILLED.search(data, found[-1][1]) if found and found[-1][0] == bytes(4) else None
+        if more and data[more.start() + 1 : more.start() + 5] == b"ftyp":  # behind padding
+            return len(data) - more.start() + 3
         if not again or any(name == b"moof" for name, _ in found):  # fragments of a second index are read
             return 0
         heads = [place for name, place in found[1 : again[0] + 1] if name == b"ftyp"]
         start = heads[0] if heads else found[again[0]][1]
         return len(data) - start
+    if kind == "avi" and (end := _riff_end(data)):
+        return len(data) - end if data[end : end + 4] == b"RIFF" else 0
     mark = _BEGINNINGS.get(kind)
     place = data.find(mark, len(mark)) if mark else -1
     return len(data) - place if place > 0 else 0
@@ -139,6 +227,10 @@ def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
             gaps += serial in before and not flags & 2 and number != before[serial] + 1
             before[serial] = number
         return f"numbers of its pages are missing at {gaps} places" if gaps else None
+    if kind == "asf":
+        return _asf_packets(data)
+    if kind == "gif":
+        return _gif_blocks(data)
     if kind == "dv":
         heads = np.frombuffer(data, np.uint8)[::_DV_BLOCK] >> 4  # a copy, so that the file can be closed
         bad = np.flatnonzero(heads != 1)
@@ -154,6 +246,51 @@ def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
         frame = int(np.searchsorted(np.array(ends), place, side="right"))
         return f"zeros in place of pictures near frame {frame}"
     return None
+
+
+def _flv_end(data: mmap.mmap) -> int:
+    """Return where the last part of an FLV ends by its own length; 0 where parts do not follow one another."""
+    place = int.from_bytes(data[5:9], "big") + 4
+    while place + 11 <= len(data):
+        if data[place] & 31 not in _TAGS:
+            return 0
+        place += 11 + _AFTER + int.from_bytes(data[place + 1 : place + 4], "big")
+    return place
+
+
+def _gif_blocks(data: mmap.mmap) -> str | None:
+    """Say where the blocks of a GIF do not follow one another; zeros between them are passed over, as players do."""
+    frames, place = 0, 13 + (3 << (data[10] & 7) + 1 if len(data) > 13 and data[10] & 128 else 0)
+    while place + 11 < len(data):
+        mark, table = data[place], data[place + 9]
+        if mark == 0:
+            more = _FILLED.search(data, place)
+            place = more.start() if more else len(data)
+            continue
+        if mark == 0x3B:
+            return None
+        if mark not in (0x21, 0x2C):
+            return f"near frame {max(0, frames - 1)} it has bytes that are no part of a GIF"
+        frames += mark == 0x2C
+        place += 2 if mark == 0x21 else 11 + (3 << (table & 7) + 1 if table & 128 else 0)
+        while place < len(data) and data[place]:
+            place += data[place] + 1
+        place += 1
+    return None
+
+
+def _asf_packets(data: mmap.mmap) -> str | None:
+    """Say how many of an ASF's packets, which have one length and one beginning, are overwritten."""
+    place, start = data.find(_PROPERTIES, 0, _HEAD), data.find(_PACKETS, 0, _HEAD) + 50
+    size = int.from_bytes(data[place + 92 : place + 96], "little")
+    if place < 0 or start < 50 or not 3 < size <= len(data) - start or data[start : start + 3] != b"\x82\0\0":
+        return None
+    stated = int.from_bytes(data[start - 10 : start - 2], "little") or len(data)
+    rows = np.frombuffer(data, np.uint8, min((len(data) - start) // size, stated) * size, start).reshape(-1, size)
+    bad = int((rows[:, :3] != (0x82, 0, 0)).any(1).sum())
+    number = len(rows)
+    del rows  # so that the file can be closed
+    return f"{bad} of its {number} packets are overwritten" if 0 < bad < number / 2 else None
 
 
 def _whole_jpeg(picture: bytes) -> bool:

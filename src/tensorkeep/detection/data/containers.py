@@ -20,17 +20,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensorkeep.detection.data.bare import swollen
-from tensorkeep.detection.data.bounds import bounds
+from tensorkeep.detection.data.bounds import bounds, missing_fragments, whole_riff
+from tensorkeep.detection.data.checksums import wrong_sums
 from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
+from tensorkeep.detection.data.gaps import missing_parts
 from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import boxes, file_state, opened, quarter_turn
+from tensorkeep.detection.data.stamps import last_step, rising, signed
 from tensorkeep.errors import TensorkeepError
 
 # their packets need not show a picture, or their pictures are changes to those before without a keyframe
 _UNTRUSTED = {"vp8", "gif", "apng"}
-_PARTS = 1000  # of a unit of time
 _BARE = {"h264", "hevc", "vvc", "mpegvideo"}  # containers that are the pictures' own stream
 _CODED = {"h264", "hevc"}  # of them those whose pictures end by themselves
+_HEAD = 65536  # bytes that a header is looked for in
 _EVEN = 0.5  # frames whose times are off the mean rate by less than this part of a frame are evenly spread
 
 
@@ -195,7 +198,7 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         # bare pictures have no header: their average is FFmpeg's default, whatever rate the pictures state
         rate = float((stream.guessed_rate if kind in _BARE else stream.average_rate) or 25)
         every = [
-            Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
+            Packet(signed(kind, p.pts), signed(kind, p.dts), p.is_keyframe, p.is_corrupt, p.is_discard, p.size, p.pos)
             for p in demuxed(container, stream, failed=failed)
             if p.size or p.dts is not None
         ]
@@ -205,8 +208,9 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
     restarts = clock_restarts(rows)
     plain, restarts = not restarts, [] if kind.startswith("mov") and _shown_in_turn(rows, restarts) else restarts
-    # AVI has one time a packet, the decoder's: where pictures are reordered nothing says when they are shown
-    guessed = kind == "avi" and any(row.pts != row.dts for row in shown)
+    # these have one time a packet, the decoder's: where pictures are reordered nothing says when they are shown
+    guessed = (kind in ("avi", "asf") or _from_avi(path, kind)) and any(row.pts != row.dts for row in shown)
+    guessed = guessed or (kind == "ogg" and any(row.pts is not None and row.pts < 0 for row in shown))
     plain = plain and codec not in _UNTRUSTED and not guessed
     shown = _presented(path, rows, shown) if plain else shown
     times = [row.pts for row in shown if row.pts is not None]
@@ -219,8 +223,13 @@ def _frame_table(path: str, length: int, changed: int) -> FrameTable:
         pts = np.sort(np.array(times, dtype=np.int64))
         key_pts = np.array([shown for shown, _ in keys] or [min(times)], dtype=np.int64)
         key_dts = tuple(decoded for _, decoded in keys) if kind == "mpegts" else ()
-        table = FrameTable(pts, key_pts, unit, False, _last_step(pts, unit, rate), key_dts=key_dts)
-    lost, notes = find_odd(Path(path), partial(opened, path), table.seconds, rows, torn=torn, restarts=restarts)
+        table = FrameTable(pts, key_pts, unit, False, last_step(pts, unit, rate), key_dts=key_dts)
+    file, again = Path(path), partial(opened, path)
+    if kind == "mpegts":
+        table = table._replace(lost=(*table.lost, *_untimed(table, rows)))
+    whole = partial(whole_riff, file) if kind == "avi" else bool
+    lacking = partial(missing_fragments, file) if kind.startswith("mov") else partial(missing_parts, file, kind)
+    lost, notes = find_odd(file, again, table.seconds, rows, torn=torn, restarts=restarts, whole=whole, gone=lacking)
     lost = (*table.lost, *lost)
     return table._replace(lost=(*lost, *_beyond(path, kind, table, rows, failed, lost)), notes=notes)
 
@@ -231,15 +240,15 @@ def _beyond(
     """Say what else is wrong with a file, of which `lost` is known, by its format's own lengths and marks."""
     frames = len(table.pts)
     place = f"behind frame {frames - 1} ({table.seconds[-1]:.2f} s)"
-    lacks, behind, within = bounds(
-        Path(path), kind, [-1 if r.pos is None else r.pos + r.size for r in rows], boxes(path)
-    )
+    ends = [-1 if r.pos is None else r.pos + r.size for r in rows]
+    lacks, behind, within = bounds(Path(path), kind, ends, boxes(path))
     if failed:
         yield f"it cannot be read further {place}: {failed[0]}"
     if lacks and not any("cut short" in each for each in lost):
         yield f"cut short: {frames} whole frames in {table.seconds[-1]:.2f} s, {lacks}"
     if behind and not lost:
         yield f"the last {behind} bytes, {place}, are another recording that players do not show"
+    within = within or (None if lost else wrong_sums(Path(path), kind, ends))
     if within:
         yield within
     for number in (
@@ -248,11 +257,25 @@ def _beyond(
         yield f"bytes that are no picture lie near frame {number} ({table.seconds[min(number, frames)]:.2f} s)"
 
 
+def _untimed(table: FrameTable, rows: list[Packet]) -> Iterator[str]:
+    """Say where a transport stream has lost the times of single pictures: the head of their packets."""
+    lacking = [k for k, row in enumerate(rows) if row.pts is None]
+    if 0 < len(lacking) <= len(rows) // 10 and any(row.corrupt for row in rows):
+        first = min(lacking[0], len(table.pts) - 1)
+        yield f"the times of {len(lacking)} pictures are lost, the first near frame {first} ({table.at(first):.2f} s)"
+
+
+def _from_avi(path: str, kind: str) -> bool:
+    """Return whether a Matroska file holds a stream as AVI has it, with times of decoding alone."""
+    with Path(path).open("rb") as file:
+        return kind.startswith("matroska") and b"V_MS/VFW/FOURCC" in file.read(_HEAD)
+
+
 def _shown_in_turn(rows: list[Packet], restarts: list[int]) -> bool:
     """Return whether parts between which decoding goes back are shown one after the other, as an edit list has it."""
     edges = [0, *restarts, len(rows)]
     parts = [[r.pts for r in rows[a:b] if r.pts is not None and not r.discard] for a, b in pairwise(edges)]
-    return all(max(a) < min(b) for a, b in pairwise(part for part in parts if part))
+    return all(max(a) <= min(b) for a, b in pairwise(part for part in parts if part))
 
 
 def _presented(path: str, rows: list[Packet], shown: list[Packet]) -> list[Packet]:
@@ -295,13 +318,13 @@ def _counted_table(path: str, unit: float, rate: float, dts: list[int], restarte
             for frame in frames:
                 started = started or bool(frame.key_frame)
                 bad += [len(times)] * (started and bool(frame.is_corrupt))
-                times.append(frame.pts)
+                times.append(signed(container.format.name, frame.pts))
                 number = number if frame.is_corrupt else len(times)
     if not number:
         raise TensorkeepError("has no whole frame", where=path, hint="the file may be cut short")
     nothing = np.zeros(0, dtype=np.int64)
-    pts, unit = _rising(times[:number], unit, rate, dts, restarted)
-    table = FrameTable(pts, nothing, unit, True, _last_step(pts, unit, rate))
+    pts, unit = rising(times[:number], unit, rate, dts, restarted)
+    table = FrameTable(pts, nothing, unit, True, last_step(pts, unit, rate))
     lost = [_near(table, [k for k in bad if k < number])] if any(k < number for k in bad) else []
     if bad and bad[-1] >= number:
         lost.append(f"cut short: {number} whole frames in {table.seconds[-1]:.2f} s, and the beginning of one more")
@@ -314,52 +337,6 @@ def _near(table: FrameTable, bad: list[int]) -> str:
     last = f", the last near frame {known[-1]} ({table.at(known[-1]):.2f} s)" if len(known) > 1 else ""
     what = "a picture is" if len(known) == 1 else f"about {len(known)} pictures are"
     return f"{what} damaged or cannot be decoded, the first near frame {known[0]} ({table.at(known[0]):.2f} s){last}"
-
-
-def _rising(
-    times: list[int | None], unit: float, rate: float, dts: list[int], restarted: bool
-) -> tuple[NDArray[np.int64], float]:
-    """Return rising times of pictures, and their unit in seconds (see `_counted_table`)."""
-    number = len(times)
-    known = [t for t in times if t is not None]
-    if len(known) == number:
-        made = np.array(known, dtype=np.int64)
-        if restarted:
-            steps = np.diff(made)
-            usual = int(np.median(steps[steps > 0])) if (steps > 0).any() else max(1, round(1 / rate / unit))
-            made = made[0] + np.concatenate([[0], np.cumsum(np.where(steps > 0, steps, usual))])
-        if (np.diff(made) > 0).all():
-            return made, unit
-        if (np.diff(made) >= 0).all() and made[-1] > made[0]:
-            return _parted(made), unit / _PARTS
-    ordered = np.unique(np.array(dts, dtype=np.int64))
-    if len(ordered) == number and not restarted:
-        return ordered, unit
-    own = np.unique(np.array(known, dtype=np.int64))
-    if len(own) == number and not restarted:  # AVI's, of pictures that were reordered
-        return own, unit
-    return np.arange(number), 1 / rate
-
-
-def _parted(times: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return times, in units of 1 / `_PARTS`, at which pictures of one time are spread over its unit.
-
-    Matroska counts whole milliseconds, so that the pictures of a burst come at one time.
-    """
-    starts = np.flatnonzero(np.diff(times, prepend=times[0] - 1))
-    counts = np.diff(starts, append=len(times))
-    nth = np.arange(len(times)) - np.repeat(starts, counts)
-    made: NDArray[np.int64] = times * _PARTS + nth * _PARTS // np.repeat(counts, counts)
-    return made
-
-
-def _last_step(pts: NDArray[np.int64], unit: float, rate: float) -> float:
-    """Return the seconds of the last frame: those of the others where they are evenly spread, else their median."""
-    if len(pts) < 2:
-        return 1 / rate
-    mean = float(pts[-1] - pts[0]) / (len(pts) - 1)
-    even = np.abs(pts - pts[0] - np.arange(len(pts)) * mean).max() <= _EVEN * mean
-    return (mean if even else float(np.median(np.diff(pts)))) * unit
 
 
 def _even_index(container: Any, stream: Any, first: int | None, length: int) -> tuple[int, float] | None:

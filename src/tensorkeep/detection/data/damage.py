@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,14 @@ _LEAST = 0.1  # seconds of that at least
 _FEW = 3.5  # a step of more than so many frame times is looked into
 _ONE = 1.6  # so is one in which a single picture is lacking, where such steps are rare
 _PAUSE = (10, 0.5)  # frame times and seconds of a pause that is told
-_STRAY = {"mpegts": 1000, "mpeg": 1000, "asf": 1000}  # bytes between two packets that are nothing unusual there
+_STRAY = 1000  # bytes between two packets of a transport stream that are nothing unusual
 _LITTLE = 200  # elsewhere
+_CHAINED = ("mov", "avi", "asf", "mpeg")  # whose packets are found by an index or one by the other, not by searching
 _STATES_LENGTH = ("matroska", "flv", "asf", "avi", "mov")  # whose headers give a length; others' is a guess
 _EXACT = ("ivf", "mxf")  # to a picture
 _UNKNOWN = 0xFFFFFFFF  # pictures that a header counts of a recording in a pipe
 _TS_PACKETS = (188, 192, 204)
+_SYNC = 0x47  # the first byte of each
 _HEAD, _TAIL = 4096, 65536  # bytes that are looked at
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # its object that has the file's length
 _OPEN = (b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75")  # Matroska's segments and clusters, which are looked into
@@ -111,6 +114,8 @@ def find_odd(
     *,
     torn: bool,
     restarts: Sequence[int],
+    whole: Callable[[], bool] = bool,
+    gone: Callable[[], str] = str,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Find out what is wrong with a file, and what is merely odd about when its pictures are shown.
 
@@ -121,6 +126,8 @@ def find_odd(
         rows: the video stream's packets in the order of the file.
         torn: whether the last packet was cut off.
         restarts: packets at which the clock starts again.
+        whole: whether the file's own lengths show that nothing lacks in it.
+        gone: says what lacks within the file by its format's own counting; "" where nothing does or it has none.
 
     Returns:
         Sentences on what is lost or mixed up, and on what is odd.
@@ -129,10 +136,12 @@ def find_odd(
     frames = len(seconds) - 1
     with opened() as (container, stream):
         lost += _missing_of_index(container, stream, rows, seconds)
-        short = None if lost else _cut_short(path, opened, container, stream, seconds, rows, torn)
+        short = None if lost else _cut_short(path, opened, container, stream, seconds, rows, torn, whole)
         kind, number = container.format.name, int(stream.id)
         short_of = kind == "mxf" and len(rows) < (stream.duration or 0)  # of pictures that its header counts
     lost += [short] if short else []
+    overwritten = _overwritten(path) if kind == "mpegts" and not lost else ""
+    lost += [overwritten] if overwritten else []
     behind = 0 if lost or restarts else _bytes_behind(path, opened, kind, rows)
     if behind:
         lost.append(f"the last {behind} bytes, behind frame {frames - 1} ({seconds[-1]:.2f} s), cannot be read")
@@ -140,7 +149,11 @@ def find_odd(
         first = min(restarts[0], len(seconds) - 2)
         what = f"its clock starts again {len(restarts)} times, first" if len(restarts) > 1 else "its clock starts again"
         lost.append(f"{what} at frame {first} ({seconds[first]:.2f} s): recordings were joined there")
-    damaged, pauses = _holes(path, opened, kind, seconds, number, short_of)
+    if kind == "mpegts":
+        gone = partial(_uncounted, path, number)
+    elif short_of:
+        gone = partial(str, "its header counts more pictures")
+    damaged, pauses = _holes(opened, kind, seconds, gone)
     return (*lost, *damaged), pauses
 
 
@@ -152,21 +165,25 @@ def _cut_short(
     seconds: NDArray[np.float64],
     rows: Sequence[Packet],
     torn: bool,
+    whole: Callable[[], bool],
 ) -> str | None:
     """Say how a file ends too early; None where it does not."""
     frames, end, length = len(seconds) - 1, float(seconds[-1]), path.stat().st_size
     kind = container.format.name.partition(",")[0]
     what = f"cut short: {frames} whole frames in {end:.2f} s"
     said = float(stream.duration * stream.time_base) if kind in ("avi", *_EXACT) and stream.duration else 0.0
+    if kind == "asf":  # FFmpeg adds when a stream begins to what the header says of the whole
+        said = max(float((each.duration or 0) * each.time_base) for each in _streams(container))
     said = said or (container.duration or 0) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
     if kind in _EXACT and len(rows) < (said - 0.5 * end / frames) * frames / end and stream.duration < _UNKNOWN:
         return f"{what}, its header says {said:.2f} s"
-    states = kind in _STATES_LENGTH and not _unfinished(path, kind)
+    states = kind in _STATES_LENGTH and not (kind == "avi" and _unfinished(path))
     states = states and not (kind == "mov" and stream.frames)  # an edited MP4's index says all
     late = said - max(_LATE * said, _LEAST)
-    if states and end < late and _last_end(opened) < late:
+    # the header of an AVI that is whole counts pictures, too, that were dropped at its end
+    if states and end < late and _last_end(opened) < late and not whole():
         return f"{what}, its header says {said:.2f} s"
     if torn:
         return f"{what}, and the beginning of one more"
@@ -177,10 +194,10 @@ def _cut_short(
     return None
 
 
-def _unfinished(path: Path, kind: str) -> bool:
+def _unfinished(path: Path) -> bool:
     """Return whether an AVI's header was never completed, as in a pipe: the lengths in it are none."""
     with path.open("rb") as file:
-        return kind == "avi" and file.read(8)[4:] in (bytes(4), b"\xff" * 4)
+        return file.read(8)[4:] in (bytes(4), b"\xff" * 4)
 
 
 def _ts_grid(path: Path) -> tuple[int, int] | None:
@@ -288,11 +305,11 @@ def _streams(container: Any) -> list[Any]:
 
 
 def _holes(
-    path: Path, opened: Opened, kind: str, seconds: NDArray[np.float64], number: int, short_of: bool
+    opened: Opened, kind: str, seconds: NDArray[np.float64], missing: Callable[[], str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Say where no picture is shown for long: because bytes there are lost, or as a pause in an even recording.
 
-    `number` is that of the video stream in the file, `short_of` whether its header counts more.
+    `missing` says what lacks by the format's own counting.
     """
     steps = np.diff(seconds[:-1])
     if len(steps) < 3:
@@ -303,11 +320,10 @@ def _holes(
     if not len(single):
         return (), ()
     rare = max(3, len(steps) // 100)
-    gone = "packets of the stream are missing" if kind == "mpegts" and _uncounted(path, number) else ""
-    gone = "its header counts more pictures" if short_of else gone
-    suspected = single if len(single) <= rare and (gone or kind not in _STRAY) else long
-    if len(suspected) and not kind.startswith(("mov", "avi")):  # those two find pictures by an index
-        unread = _unread_bytes(opened, kind)
+    gone = missing()
+    suspected = single if len(single) <= rare and (gone or kind != "mpegts") else long
+    if len(suspected):
+        unread = 0 if kind.split(",")[0] in _CHAINED else _unread_bytes(opened, kind)
         gone = f"{unread} bytes of the file cannot be read" if unread else gone
         if gone:
             return (f"footage is lost: {_told(suspected, steps, seconds, usual)}; {gone}",), ()
@@ -319,18 +335,30 @@ def _holes(
     return (), ((_told(pauses, steps, seconds, usual),) if even and len(pauses) else ())
 
 
-def _uncounted(path: Path, number: int) -> bool:
-    """Return whether packets of a transport stream's part are missing by the count that each has, modulo 16."""
+def _overwritten(path: Path) -> str:
+    """Say how many packets of a transport stream do not begin as they have to, where the others do."""
     size, first = _ts_grid(path) or (0, 0)
     if not size:
-        return False
+        return ""
+    marks = np.array(np.memmap(path, np.uint8, "r", first)[::size])
+    good = np.flatnonzero(marks == _SYNC)
+    marks = marks[: good[-1] + 1]  # what lies behind the last one is looked at elsewhere
+    bad = len(marks) - len(good)
+    return f"{bad} of its {len(marks)} packets are overwritten" if 0 < bad < len(marks) / 2 else ""
+
+
+def _uncounted(path: Path, number: int) -> str:
+    """Say whether packets of a transport stream's part are missing by the count that each has, modulo 16."""
+    size, first = _ts_grid(path) or (0, 0)
+    if not size:
+        return ""
     data = np.memmap(path, np.uint8, "r", first)
     rows = data[: len(data) // size * size].reshape(-1, size)[:, :6]
     rows = np.array(rows[((rows[:, 1] & 31).astype(np.int32) << 8 | rows[:, 2]) == number])
     rows = rows[rows[:, 3] & 16 > 0]  # those without a payload are not counted
     steps = np.diff(rows[:, 3] & 15) & 15
     said = (rows[1:, 3] & 32 > 0) & (rows[1:, 4] > 0) & (rows[1:, 5] & 128 > 0)  # a jump that is meant
-    return bool(((steps > 1) & ~said).any())
+    return "packets of the stream are missing" if ((steps > 1) & ~said).any() else ""
 
 
 def _told(places: NDArray[np.intp], steps: NDArray[np.float64], seconds: NDArray[np.float64], usual: float) -> str:
@@ -357,5 +385,5 @@ def _unread_bytes(opened: Opened, kind: str) -> int:
     lengths = np.array([sizes[int(at)] for at in starts], dtype=np.int64)
     gaps = starts[1:] - np.maximum.accumulate(starts + lengths)[:-1]
     usual = float(np.median(np.maximum(gaps, 0)))
-    holes = gaps[gaps > _STRAY.get(kind, _LITTLE) + 8 * usual + 0.1 * lengths[:-1]]
+    holes = gaps[gaps > (_STRAY if kind == "mpegts" else _LITTLE) + 8 * usual + 0.1 * lengths[:-1]]
     return int(holes.sum())
