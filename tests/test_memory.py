@@ -165,7 +165,7 @@ def test_layers_are_compiled_for_few_lengths(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     attended: list[int] = []
     parts = _documents._parts
-    monkeypatch.setattr(_documents, "_parts", lambda bounds, count: attended.append(count) or parts(bounds, count))
+    monkeypatch.setattr(_documents, "_parts", lambda bounds: attended.append(len(bounds)) or parts(bounds))
     _recompute._compiled_forward.cache_clear()
     document["training"]["compile"] = True
     found = _losses(document, tmp_path / "compiled")
