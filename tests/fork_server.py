@@ -24,11 +24,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# what `tensorkeep train` and the ranks of tests import, much of it late
+# what `tensorkeep train` and the ranks of tests import, much of it late; of tensorkeep nothing: each process imports
+# that itself, in 0.15 s
 MODULES = (
     *("torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "transformers", "peft"),
     *("transformers.models.llama.modeling_llama", "transformers.models.qwen3.modeling_qwen3"),
-    *("tensorkeep.cli", "tensorkeep.commands.train_language", "tensorkeep.language.job", "tensorkeep.language.start"),
 )
 # what a process may have otherwise than the one that it is forked from: no module above reads these when imported
 FREE = frozenset("PYTEST_CURRENT_TEST PYTHONPATH TERM PAUSE RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT".split())

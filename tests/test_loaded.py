@@ -405,7 +405,7 @@ def test_a_titan_model_is_checked_against_an_hf_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["transformers", "flame", "torchtitan"])
 def test_the_examples_run(name: str) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "examples" / f"check_loaded_{name}.py")],
         capture_output=True,
         text=True,
