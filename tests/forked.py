@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import fcntl
-import functools
 import inspect
 import json
 import os
@@ -59,6 +58,8 @@ class Server:
             socket.send_fds(self.asked, [len(body).to_bytes(8, "little")], handles)
             self.asked.sendall(body)
             answer = self.asked.recv(8, socket.MSG_WAITALL)
+        except ConnectionError:
+            answer = b""
         finally:
             libc.prctl(_SUBREAPER, 0, 0, 0, 0)
         assert answer, f"the process that forks has ended: {self.process.wait()}"
@@ -66,14 +67,23 @@ class Server:
 
     def close(self) -> None:
         """End it."""
+        atexit.unregister(self.close)
+        self.asked.shutdown(socket.SHUT_RDWR)  # whoever was forked meanwhile holds the handle, too
         self.asked.close()
         self.process.wait()
 
 
-@functools.cache
+_servers: dict[Any, Server] = {}
+_MOST = 2  # of them at a time: each holds some 400 MB
+
+
 def _server(environment: tuple[tuple[str, str], ...], modules: tuple[str, ...]) -> Server:
-    """The server of this environment, started when it is first asked for."""
-    return Server(dict(environment), modules)
+    """The server of this environment, started where there is none; the one that was asked longest ago ends for it."""
+    server = _servers.pop((environment, modules), None) or Server(dict(environment), modules)
+    _servers[environment, modules] = server
+    while len(_servers) > _MOST:
+        _servers.pop(next(iter(_servers))).close()
+    return server
 
 
 class Popen(_Process):  # type: ignore[type-arg]
