@@ -58,3 +58,12 @@ def signed(model: Path, keys: Keys, tmp_path: Path) -> Path:
     shutil.copytree(model, tmp_path / "signed")
     assert main(["sign", str(tmp_path / "signed"), "--key", str(keys / "own.pem"), "--quiet"]) == 0
     return tmp_path / "signed"
+
+
+@pytest.fixture
+def plain_code() -> Generator[None, None, None]:
+    """Compiled code without the processor's vectors: to find out which of them the compiler knows takes 8 s."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.vec_isa_ok": False}):
+        yield

@@ -15,24 +15,33 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from tests import forked
+from tests.forked import take_terminal
 
 CTRL_C = b"\x03"
 ROOT = Path(__file__).parent.parent
 
 
 class Terminal:
-    """A command whose stdin, stdout and stderr are one terminal of this size."""
+    """A command whose stdin, stdout and stderr are one terminal of this size; `fork`: as `tests.forked` starts it."""
 
-    def __init__(self, words: Sequence[object], columns: int = 100, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, words: Sequence[object], columns: int = 100, env: Mapping[str, str] | None = None, fork: bool = False
+    ) -> None:
         self.mine, theirs = pty.openpty()
         self.resize(columns)
         kept = {k: v for k, v in os.environ.items() if k not in ("CI", "NO_COLOR", "COLUMNS", "LINES")}
         path = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
+        start: Any = (
+            partial(forked.Popen, terminal=True) if fork else partial(subprocess.Popen, preexec_fn=take_terminal)
+        )
+        self.process: subprocess.Popen[bytes] = start(
             [sys.executable, *map(str, words)], stdin=theirs, stdout=theirs, stderr=theirs,
             env={**kept, **path, **(env or {})}, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)
         self.written = b""

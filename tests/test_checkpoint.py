@@ -23,6 +23,7 @@ from tensorkeep.formats.view import read
 from tensorkeep.storage import run_manifest
 from tensorkeep.storage.finite import all_finite
 from tensorkeep.training.saver import Keep, Saver, State, best, load, mark_best, newest, prune, save, steps
+from tests import forked
 from tests.helpers import refused
 from tests.run_states import identical, same, state
 
@@ -377,7 +378,7 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     with refused(None, "this process saves into it already"):
         save(tmp_path, state(1))
     source = "import sys; from tensorkeep.training.saver import Saver; Saver(sys.argv[1])"
-    other = subprocess.run([sys.executable, "-c", source, str(tmp_path)], capture_output=True, text=True)
+    other = forked.run([sys.executable, "-c", source, str(tmp_path)], capture_output=True, text=True)
     assert f"process {os.getpid()} saves into it" in other.stderr
     saver.close()
     assert same(load(save(tmp_path, state(1))), state(1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from tensorkeep.commands.train_language import pairs_of
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
+from tests import forked
 from tests.language_files import config, save_tokenizer, texts
 
 
@@ -131,7 +131,7 @@ def test_a_run_can_be_evaluated_and_converted(tmp_path: Path, recipe: Path, caps
     assert code == 2 and "--data FILE" in error
 
 
-def started(recipe: Path, out: Path, *words: str) -> subprocess.Popen[bytes]:
+def started(recipe: Path, out: Path, *words: str) -> forked.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [
         sys.executable,
@@ -145,10 +145,10 @@ def started(recipe: Path, out: Path, *words: str) -> subprocess.Popen[bytes]:
         "--quiet",
         *words,
     ]
-    return subprocess.Popen(command, env=environment)
+    return forked.Popen(command, env=environment)
 
 
-def ended(process: subprocess.Popen[bytes], run: Path, number: int, rows: int) -> int:
+def ended(process: forked.Popen, run: Path, number: int, rows: int) -> int:
     """Send a signal once the run has made so many rows; returns the exit code."""
     path, deadline = run / "metrics.jsonl", time.monotonic() + 60
     while not (path.exists() and path.read_bytes().count(b"\n") >= rows) and time.monotonic() < deadline:

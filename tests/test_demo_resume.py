@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.state_files import State
+from tests import forked
 from tests.language_files import LINES, save_model
 
 
@@ -113,6 +115,7 @@ def test_the_last_layers_train_by_the_base_s_own_count(tmp_path: Path) -> None:
 def test_the_whole_story_on_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four starts of the real command; the model is large enough for a save to take longer than a look at it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     base = save_model(
         tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=6, head_dim=128
     )

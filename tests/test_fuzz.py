@@ -333,7 +333,7 @@ PICKLES = {
     + b"N"
     + b"s" * 30
     + b".",
-    "a million references": b"\x80\x02}q\0](" + b"h\0" * 1_000_000 + b"e.",
+    "200000 references": b"\x80\x02}q\0](" + b"h\0" * 200_000 + b"e.",
 }
 
 

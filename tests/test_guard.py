@@ -23,6 +23,7 @@ from tensorkeep.formats import seals
 from tensorkeep.integrations import guard as guards
 from tensorkeep.storage import run_manifest
 from tests import folder_layouts as layouts
+from tests import forked
 from tests.run_states import Faults, in_child, injected
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -391,7 +392,7 @@ def test_nan_is_not_sealed(tmp_path: Path) -> None:
 def test_accelerate_under_fsdp_on_two_ranks_falls_back(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     command = [sys.executable, "-W", "ignore", "-m", "tests.accelerate_fsdp", str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    ranks = [forked.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
     said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
     came = [json.loads((tmp_path / f"came_{rank}.json").read_text()) for rank in (0, 1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tensorkeep.formats.seals import seal as seal_folder
 from tensorkeep.integrations.accelerate import load_state, register, save_state
 from tensorkeep.storage.run_manifest import read_manifest
 from tensorkeep.training.randomness import order
+from tests import forked
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -271,6 +273,10 @@ def test_two_processes_save_one_checkpoint_and_go_on_bitwise(tmp_path: Path) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    code = "import sys; from tests.test_integrations_accelerate import _rank as run; "
+    code += "run(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
+    words = [sys.executable, "-c", code]
+    ranks = [forked.Popen([*words, rank, port, tmp_path], cwd=Path(__file__).parents[1]) for rank in (0, 1)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
     assert {"done_0", "done_1"} <= {p.name for p in tmp_path.iterdir()}
     assert {"random_0.json", "random_1.json"} <= {p.name for p in (tmp_path / "step_3").iterdir()}

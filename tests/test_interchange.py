@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tensorkeep.formats.view import read
+from tests import forked
 from tests.helpers import assert_same, held, refused, to, write_hf
 from tests.test_planning import odd_tensors
 
@@ -83,7 +84,7 @@ def test_we_read_what_two_ranks_save(tmp_path: Path) -> None:
     script = tmp_path / "write.py"
     script.write_text(textwrap.dedent(SHARDED))
     ranks = [
-        subprocess.Popen([sys.executable, "-W", "ignore", script, str(r), tmp_path], stderr=subprocess.PIPE)
+        forked.Popen([sys.executable, "-W", "ignore", script, str(r), tmp_path], stderr=subprocess.PIPE)
         for r in range(2)
     ]
     for rank in ranks:

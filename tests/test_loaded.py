@@ -20,6 +20,7 @@ from torch import nn
 from tensorkeep.diagnosis.live.loaded import check_loaded
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.repair import repair_buffers
+from tests import forked
 from tests.checkpoints import TINY, hf_tensors, titan_state, write_flame, write_model, write_titan
 
 transformers = pytest.importorskip("transformers")
@@ -317,8 +318,8 @@ from torch.distributed.fsdp import fully_shard
 from tensorkeep.diagnosis.live import loaded
 from tensorkeep.models import tensors as live
 from tensorkeep.models.repair import repair_buffers
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}-store", rank=rank, world_size=2)
 torch.Tensor.full_tensor = None
 torch.distributed.tensor.DTensor.full_tensor = lambda *a, **k: 1 / 0  # nothing may be gathered
 for folder in sys.argv[1:]:
@@ -350,19 +351,18 @@ def test_shards_are_compared_where_they_lie_and_every_process_says_the_same(tmp_
         write_model(folder, "Llama", dtype=torch.float32, intermediate_size=45, tie_word_embeddings=tied)
     script = tmp_path / "script.py"
     script.write_text(SHARDED)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        *map(str, folders.values()),
+    shared = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    ranks = [
+        forked.Popen(
+            [sys.executable, script, *folders.values()],
+            env=shared | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said[0][-3000:] + said[1][-3000:]
     up = "model.layers.1.mlp.up_proj.weight"
     buffers = ["model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"]
     for folder in folders.values():
@@ -405,7 +405,7 @@ def test_a_titan_model_is_checked_against_an_hf_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["transformers", "flame", "torchtitan"])
 def test_the_examples_run(name: str) -> None:
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / "examples" / f"check_loaded_{name}.py")],
         capture_output=True,
         text=True,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 
 import pytest
 
 from tensorkeep._moved import MOVED
+from tests import forked
 
 PRINTED = {
     "tensorkeep.job": ["Job", "Loop"],
@@ -41,5 +41,5 @@ def test_an_old_path_gives_the_same_object_and_names_the_new_path(old: str) -> N
 
 def test_an_old_import_statement_works_in_a_fresh_process() -> None:
     code = "from tensorkeep.live.loaded import check_loaded; from tensorkeep.conversion import convert; print(convert)"
-    done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "check_loaded is tensorkeep.diagnosis.live.loaded.check_loaded now" in done.stderr

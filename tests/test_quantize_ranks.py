@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # two processes that import torch, DDP and FSDP2
+from tests import forked
+
+pytestmark = pytest.mark.slow  # two processes of DDP and FSDP2
 ROOT = Path(__file__).parents[1]
 
 
@@ -26,7 +28,7 @@ def found() -> dict[str, Any]:
     shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.quant_ranks"]
     ranks = [
-        subprocess.Popen(
+        forked.Popen(
             command,
             cwd=ROOT,
             env=shared | {"RANK": str(rank)},

@@ -16,6 +16,7 @@ import yaml
 from benchmarks import structure
 
 import tensorkeep
+from tests import forked
 from tests.language_files import config, save_tokenizer, texts
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +97,7 @@ print(*sorted(m for m in sys.modules if m.startswith("tensorkeep.")), sep="\\n")
 def loaded_by(*commands: list[object]) -> set[str]:
     """The package's modules that are loaded once these commands have run in a process of their own."""
     words = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run([sys.executable, "-c", LOADED, words], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", LOADED, words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {line for line in done.stdout.splitlines() if line.startswith("tensorkeep.")}
 

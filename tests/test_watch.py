@@ -22,6 +22,7 @@ from tensorkeep.cli import main
 from tensorkeep.output import fitted, sparkline
 from tensorkeep.storage.run_folder import locked
 from tensorkeep.training import status
+from tests import forked
 from tests.terminal import CTRL_C, ROOT, Terminal, shown
 
 PROGRAM = """
@@ -54,7 +55,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def interrupted(program: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Terminal, int]:
     """A run on a terminal of 120 columns that becomes one of 50, stopped by Ctrl-C."""
     run = tmp_path_factory.mktemp("runs") / "one"
-    terminal = Terminal([program, run], columns=120, env={"PAUSE": "0.15"})
+    terminal = Terminal([program, run], columns=120, env={"PAUSE": "0.15"}, fork=True)
     terminal.read(lambda text: "saved 7" in text)
     terminal.resize(50)
     before = terminal.text.count("\r\x1b[2K")
@@ -63,10 +64,10 @@ def interrupted(program: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return run, terminal, terminal.close()
 
 
-def trained(program: Path, run: Path, pause: str) -> subprocess.Popen[str]:
+def trained(program: Path, run: Path, pause: str) -> forked.Popen:
     """The program under way where stderr is no terminal."""
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PAUSE": pause}
-    return subprocess.Popen([sys.executable, program, run], stderr=subprocess.PIPE, text=True, env=env)
+    return forked.Popen([sys.executable, program, run], stderr=subprocess.PIPE, text=True, env=env)
 
 
 def unbroken(text: str) -> str:

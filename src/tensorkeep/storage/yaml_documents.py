@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +59,26 @@ def parse_yaml(text: str | bytes, where: object) -> Any:
     if len(text) > LARGEST:
         raise too_large(len(text), LARGEST, where)
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _check_written_out(node)
-        return loader.construct_document(node)
+        node = _composed(text)
+        return None if node is None else _Loader("").construct_document(node)
     # PyYAML's constructors answer odd values (!!bool x, 2000-99-99) with whatever goes wrong in them
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise TensorkeepError(
             f"cannot be read as YAML: {' '.join(str(error).split())[:300] or type(error).__name__}", where=where
         ) from None
+
+
+@lru_cache(4)
+def _composed(text: str | bytes) -> yaml.Node | None:
+    """Compose a document; a command reads its recipe several times, and composing takes nearly all of that time.
+
+    Raises:
+        yaml.YAMLError: it is not valid YAML or beyond the bounds.
+    """
+    node: yaml.Node | None = _Loader(text).get_single_node()
+    if node is not None:
+        _check_written_out(node)
+    return node
 
 
 def _check_written_out(root: yaml.Node) -> None:

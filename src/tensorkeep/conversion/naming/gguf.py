@@ -9,6 +9,7 @@ metadata: `hf_config`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tensorkeep.conversion.naming.table import Row, fits
@@ -85,6 +86,7 @@ FAMILIES = {
 _ALL = [row for rows in FAMILIES.values() for row in rows]
 
 
+@lru_cache(1 << 14)
 def recognise(name: str) -> bool:
     """Whether this is a name of llama.cpp's, of any architecture.
 

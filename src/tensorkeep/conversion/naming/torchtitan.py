@@ -9,6 +9,7 @@ lacks: conversions say both by name (K07).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from tensorkeep.conversion.naming import torchtitan_models as models
@@ -45,6 +46,7 @@ _MARKS = (
 )
 
 
+@lru_cache(1 << 14)
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of torchtitan's own."""
     # `norm` and `lm_head` are everybody's; they count once something of our own stands beside them
