@@ -5,18 +5,20 @@
 ENV has benchmarks/envs/llama-cpp.txt. For each family a small model with loud weights is written as f32, q8_0 and q4_0;
 llama.cpp loads it, and its logits of 32 ids are compared with those of the folder in transformers. k-quants are made by
 llama.cpp itself of what was written: its logits are compared with those of the file read back here, and of the file
-written on without `--dtype`. With `--model` a
-real model's folder too: its tokenizer's ids of a text, and the mean loss over it.
+written on without `--dtype`. Every tensor of a quantized file is compared with llama-quantize's of the same model. With
+`--model` a real model's folder too: its tokenizer's ids of a text, and the mean loss over it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 import transformers
@@ -47,9 +49,11 @@ import sys
 import llama_cpp
 params = llama_cpp.llama_model_quantize_default_params()
 params.ftype = int(sys.argv[3])
+params.pure = len(sys.argv) > 4  # one type for every matrix, the head too
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), params))
 """
 KINDS = {"Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # llama.cpp's LLAMA_FTYPE_MOSTLY_*
+BLOCKS = {"Q8_0": 7, "Q5_1": 9, "Q5_0": 8, "Q4_1": 3, "Q4_0": 2}
 
 
 def asked(python: str, path: Path, ids: list[int], text: str = "") -> tuple[np.ndarray, list[int]]:
@@ -58,6 +62,9 @@ def asked(python: str, path: Path, ids: list[int], text: str = "") -> tuple[np.n
     done = subprocess.run(
         [python, "-c", ASK, str(path), json.dumps(ids), text, str(out)], capture_output=True, text=True
     )
+    if done.returncode < 0:
+        died = signal.Signals(-done.returncode).name
+        raise SystemExit(f"llama.cpp: {died} at {path.name}; on a processor with AMX see benchmarks/envs/llama-cpp.txt")
     if done.returncode:
         raise SystemExit(f"llama.cpp: {done.stderr[-2000:]}")
     return np.load(out), json.loads(done.stdout.splitlines()[-1]).get("ids", ids)
@@ -66,6 +73,22 @@ def asked(python: str, path: Path, ids: list[int], text: str = "") -> tuple[np.n
 def written(folder: Path, out: Path, dtype: str | None) -> Path:
     convert(make_plan([read(folder)], "gguf", dtype=dtype), str(out), "gguf", overwrite=True)
     return out
+
+
+def as_quantized(python: str, folder: Path, scratch: Path) -> tuple[int, int]:
+    """Return how many tensors of the quantized files are llama-quantize's, type and bytes, and how many there are."""
+    wide, theirs = written(folder, scratch / "wide.gguf", "F32"), scratch / "theirs.gguf"
+    same = total = 0
+    for kind, number in BLOCKS.items():
+        command = [python, "-c", QUANTIZE, str(wide), str(theirs), str(number), "pure"]
+        subprocess.run(command, check=True, capture_output=True)
+        ours, made = (
+            {t.name: (t.tensor_type, t.data.tobytes()) for t in gguf.GGUFReader(p).tensors}
+            for p in (written(folder, scratch / "ours.gguf", kind), theirs)
+        )
+        same += sum(made.get(name) == tensor for name, tensor in ours.items())
+        total += len(ours.keys() | made.keys())
+    return same, total
 
 
 def main() -> None:
@@ -83,6 +106,8 @@ def main() -> None:
                 apart = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
                 same = (found.argmax(-1) == wanted.argmax(-1)).mean()
                 print(f"| {name} | {dtype or 'F32'} | {apart:.1e} | {same:.0%} |", flush=True)
+            same, total = as_quantized(args.llama_python, folder, Path(scratch))
+            print(f"| {name} | blocks | {same} of {total} tensors are llama-quantize's | |", flush=True)
         for kind, number in KINDS.items():
             k_quant(Path(scratch), args.llama_python, kind, number)
         if args.model is not None:
