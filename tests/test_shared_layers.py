@@ -283,3 +283,34 @@ def test_positions_that_transformers_leaves_out_of_files_are_not_missed(tmp_path
     assert main(["diff", str(tmp_path / "model"), str(tmp_path / "saved.pth")]) == 0
     found = tk.check_loaded(model, tmp_path / "model")
     assert [f.code for f in found] == ["K01"] and {f.severity for f in found} == {"info"}
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), 0.5])
+def test_positions_that_are_not_what_the_model_computes_are_neither_equal_nor_healthy(
+    value: float, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    model = saved("marian", tmp_path / "model", SEQ2SEQ, **sizes, decoder_start_token_id=0, max_position_embeddings=32)
+    name = "model.encoder.embed_positions.weight"
+    with torch.no_grad():
+        model.get_parameter(name).fill_(value)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    words = [str(tmp_path / n) for n in ("model", "saved.pth")]
+    assert main(["diff", *words]) == 1
+    assert tk.diagnose(words[1], reference=words[0]).exit_code == 1
+    found = {f.code: (f.severity, list(f.tensors)) for f in tk.check_loaded(model, words[0])}
+    assert found["B01"] == ("error", [name]) and found["K01"][0] == "info"
+    assert main(["convert", words[1], str(tmp_path / "copy"), "--to", "hf", "--config", words[0]]) == 0
+    assert main(["diff", words[0], str(tmp_path / "copy")]) == 1  # transformers takes them from the file
+
+
+def test_a_tensor_that_is_left_out_of_files_and_drawn_is_missed(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = saved("llama", tmp_path, **sizes, num_attention_heads=4, tie_word_embeddings=False)
+    path = tmp_path / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path, metadata={"format": "pt"})
+    model._keys_to_ignore_on_save = {"lm_head.weight"}  # as code of older models has it, for its tie
+    assert [(f.code, f.severity) for f in tk.check_loaded(model, tmp_path)] == [("K01", "error")]
