@@ -314,3 +314,46 @@ def test_a_tensor_that_is_left_out_of_files_and_drawn_is_missed(tmp_path: Path) 
     save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path, metadata={"format": "pt"})
     model._keys_to_ignore_on_save = {"lm_head.weight"}  # as code of older models has it, for its tie
     assert [(f.code, f.severity) for f in tk.check_loaded(model, tmp_path)] == [("K01", "error")]
+
+
+def test_layers_whose_tie_is_broken_are_told_without_a_reference(tmp_path: Path) -> None:
+    model = saved("zamba", tmp_path / "model", **ZAMBA)
+    assert tk.diagnose(str(tmp_path / "model")).findings == []
+    name = "model.layers.3.shared_transf.self_attn.q_proj"
+    model.get_submodule(name).weight = nn.Parameter(model.get_submodule(name).weight.detach() + 1)
+    model.save_pretrained(tmp_path / "parted")
+    found = [(f.code, f.severity, list(f.tensors)) for f in tk.diagnose(str(tmp_path / "parted")).findings]
+    assert len(found) == 1 and found[0][:2] == ("T01", "warning") and len(found[0][2]) == 1
+
+
+def test_a_reward_head_of_zeros_was_never_written_and_one_type_of_token_may_be_zeros(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_labels": 1}
+    kind = transformers.AutoModelForSequenceClassification
+    model = saved("llama", tmp_path / "reward", kind, **sizes, num_attention_heads=4, pad_token_id=0)
+    first = tk.diagnose(str(tmp_path / "reward"))
+    print(first.findings)
+    assert "V05" not in {f.code for f in first.findings}
+    nn.init.zeros_(model.score.weight)
+    model.save_pretrained(tmp_path / "dead")
+    found = [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path / "dead")).findings]
+    assert ("V05", ["score.weight"]) in found
+    kind = transformers.AutoModelForMaskedLM
+    model = saved("roberta", tmp_path / "roberta", kind, **sizes, num_attention_heads=4, type_vocab_size=1)
+    nn.init.zeros_(model.roberta.embeddings.token_type_embeddings.weight)  # as RoBERTa's own conversion does
+    model.save_pretrained(tmp_path / "roberta")
+    assert "V05" not in {f.code for f in tk.diagnose(str(tmp_path / "roberta")).findings}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_a_reward_model_of_a_known_family_misses_no_head(kind: str, tmp_path: Path) -> None:
+    auto = transformers.AutoModelForSequenceClassification
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_labels": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    saved(kind, tmp_path, auto, **sizes)
+    found = tk.diagnose(str(tmp_path))
+    assert found.exit_code == 0, found.findings
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != "score.weight"}, path, metadata={"format": "pt"})
+    assert [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path)).findings] == [("K01", ["score.weight"])]
