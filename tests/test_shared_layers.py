@@ -357,3 +357,13 @@ def test_a_reward_model_of_a_known_family_misses_no_head(kind: str, tmp_path: Pa
     path = tmp_path / "model.safetensors"
     save_file({n: t for n, t in load_file(path).items() if n != "score.weight"}, path, metadata={"format": "pt"})
     assert [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path)).findings] == [("K01", ["score.weight"])]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_model_without_head_is_whole_and_its_state_is_not_torchtitans(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = saved(kind, tmp_path / "model", transformers.AutoModel, **sizes, num_attention_heads=4)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    assert tk.diagnose(str(tmp_path / "model")).exit_code == 0
+    assert main(["diff", str(tmp_path / "model"), str(tmp_path / "saved.pth")]) == 0
+    assert tk.diagnose(str(tmp_path / "saved.pth"), reference=str(tmp_path / "model")).exit_code == 0

@@ -194,8 +194,9 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
             if known and (best is None or score > best[0]):
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
     ours = view.format in ("hf", "dcp", "pth") and isinstance((view.config or {}).get("model_type"), str)
-    if best is not None and ours and naming is None and 2 * best[0][0] < len(best[1].names):
-        best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`)
+    least = 2 if ours else 10
+    if best is not None and naming is None and least * best[0][0] < len(best[1].names):
+        best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`, any `norm.weight`)
     if best is not None:
         found = best[1]
         return _claimed(view, found) if naming is None else found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorkeep.conversion import architecture
+from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
@@ -40,11 +41,15 @@ def expectation(case: Case) -> Expectation | None:
 
 
 def _by_table(case: Case) -> architecture.Shapes | None:
-    """Return what the tables here say of the config's model: they know models that predict tokens, no reward models."""
+    """Return what the tables here say of the config's model: they know models that predict tokens, and those without head."""
     classes = (case.config or {}).get("architectures")
     first = str(classes[0]) if isinstance(classes, list) and classes else ""
     other = re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+\Z", first)
-    return None if other and case.names is not None else architecture.expected(case.config)
+    if other and case.names is not None:
+        return None
+    asked = architecture.expected(case.config)
+    headless = re.search(r"(?<!LMHead)(?<!DoubleHeads)Model\Z", first)
+    return {n: s for n, s in asked.items() if n != hf.HEAD} if asked is not None and headless else asked
 
 
 def model_stored(case: Case) -> bool:
