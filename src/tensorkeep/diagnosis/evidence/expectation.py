@@ -41,7 +41,7 @@ def expectation(case: Case) -> Expectation | None:
 
 
 def _by_table(case: Case) -> architecture.Shapes | None:
-    """Return what the tables here say of the config's model: they know models that predict tokens, and those without head."""
+    """Return what the tables here say of the config's model: they know no reward models, for instance."""
     classes = (case.config or {}).get("architectures")
     first = str(classes[0]) if isinstance(classes, list) and classes else ""
     other = re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+\Z", first)
