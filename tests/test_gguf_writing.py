@@ -526,3 +526,53 @@ def test_a_root_that_a_format_has_no_place_for_is_refused(tmp_path: Path, capsys
     for to in ("hf", "gguf"):
         assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "out"), "--to", to, "--root", "model"]) == 2
         assert "leave --root out" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_config_with_other_heads_than_the_file_was_written_with_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model(tmp_path / "hf", "llama")
+    written(tmp_path / "hf", tmp_path / "m.gguf")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf", "--config", str(tmp_path / "c")]
+    (tmp_path / "c").mkdir()
+    heads = {k: 2 * document[k] for k in ("num_attention_heads", "num_key_value_heads")}
+    yarn = {"rope_type": "longrope", "rope_theta": 1e4}  # which the metadata cannot say
+    for more in ({}, {"rope_parameters": yarn}):
+        other = {**document, **heads, "head_dim": document["head_dim"] // 2, **more}
+        (tmp_path / "c" / "config.json").write_text(json.dumps(other))
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert "C01" in said and f"num_attention_heads {heads['num_attention_heads']} for" in said
+
+
+def test_a_window_that_only_the_users_config_says_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model(tmp_path / "hf", "llama")
+    written(tmp_path / "hf", tmp_path / "m.gguf")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4}
+    (tmp_path / "config.json").write_text(json.dumps(document | mistral))
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf", "--config", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "C01" in said and "a sliding window of 4 in a context" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "None for factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "None for factor"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+    ],
+)
+def test_a_config_that_leaves_numbers_out_or_asks_for_too_many_is_one_line(
+    change: dict[str, Any], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model(tmp_path / "hf", "llama")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "m.gguf"), "--to", "gguf"]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said

@@ -190,3 +190,25 @@ def test_computed_buffers_are_not_written(tmp_path: Path) -> None:
     plan, _ = to(write_hf(tmp_path / "hf", tensors | extra, LLAMA), tmp_path / "out", "hf")
     assert [s.parts[0].name for s in plan.dropped] == list(extra)
     assert_same(held(tmp_path / "out"), tensors)
+
+
+def test_lightnings_state_of_a_module_that_holds_the_model_is_the_model(tmp_path: Path) -> None:
+
+    from tensorkeep.cli import main
+    from tests.language_files import save_model
+
+    save_model(tmp_path / "model", "qwen3")
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = {f"model.{n}": t.clone() for n, t in model.state_dict().items()}
+    optimizer.step()
+    saved = {"state_dict": before, "optimizer_states": [optimizer.state_dict()], "epoch": 1, "loops": {}}
+    torch.save(saved, tmp_path / "epoch=1.ckpt")
+    words = [str(tmp_path / n) for n in ("model", "epoch=1.ckpt", "back")]
+    assert main(["diff", *words[:2]]) == 0
+    assert main(["convert", *words[1:], "--to", "hf", "--config", words[0]]) == 0
+    assert main(["diff", words[0], words[2]]) == 0

@@ -283,3 +283,87 @@ def test_positions_that_transformers_leaves_out_of_files_are_not_missed(tmp_path
     assert main(["diff", str(tmp_path / "model"), str(tmp_path / "saved.pth")]) == 0
     found = tk.check_loaded(model, tmp_path / "model")
     assert [f.code for f in found] == ["K01"] and {f.severity for f in found} == {"info"}
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), 0.5])
+def test_positions_that_are_not_what_the_model_computes_are_neither_equal_nor_healthy(
+    value: float, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 64}
+    sizes |= {"decoder_ffn_dim": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
+    model = saved("marian", tmp_path / "model", SEQ2SEQ, **sizes, decoder_start_token_id=0, max_position_embeddings=32)
+    name = "model.encoder.embed_positions.weight"
+    with torch.no_grad():
+        model.get_parameter(name).fill_(value)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    words = [str(tmp_path / n) for n in ("model", "saved.pth")]
+    assert main(["diff", *words]) == 1
+    assert tk.diagnose(words[1], reference=words[0]).exit_code == 1
+    found = {f.code: (f.severity, list(f.tensors)) for f in tk.check_loaded(model, words[0])}
+    assert found["B01"] == ("error", [name]) and found["K01"][0] == "info"
+    assert main(["convert", words[1], str(tmp_path / "copy"), "--to", "hf", "--config", words[0]]) == 0
+    assert main(["diff", words[0], str(tmp_path / "copy")]) == 1  # transformers takes them from the file
+
+
+def test_a_tensor_that_is_left_out_of_files_and_drawn_is_missed(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = saved("llama", tmp_path, **sizes, num_attention_heads=4, tie_word_embeddings=False)
+    path = tmp_path / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({n: t for n, t in load_file(path).items() if n != "lm_head.weight"}, path, metadata={"format": "pt"})
+    model._keys_to_ignore_on_save = {"lm_head.weight"}  # as code of older models has it, for its tie
+    assert [(f.code, f.severity) for f in tk.check_loaded(model, tmp_path)] == [("K01", "error")]
+
+
+def test_layers_whose_tie_is_broken_are_told_without_a_reference(tmp_path: Path) -> None:
+    model = saved("zamba", tmp_path / "model", **ZAMBA)
+    assert tk.diagnose(str(tmp_path / "model")).findings == []
+    name = "model.layers.3.shared_transf.self_attn.q_proj"
+    model.get_submodule(name).weight = nn.Parameter(model.get_submodule(name).weight.detach() + 1)
+    model.save_pretrained(tmp_path / "parted")
+    found = [(f.code, f.severity, list(f.tensors)) for f in tk.diagnose(str(tmp_path / "parted")).findings]
+    assert len(found) == 1 and found[0][:2] == ("T01", "warning") and len(found[0][2]) == 1
+
+
+def test_a_reward_head_of_zeros_was_never_written_and_one_type_of_token_may_be_zeros(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_labels": 1}
+    kind = transformers.AutoModelForSequenceClassification
+    model = saved("llama", tmp_path / "reward", kind, **sizes, num_attention_heads=4, pad_token_id=0)
+    first = tk.diagnose(str(tmp_path / "reward"))
+    print(first.findings)
+    assert "V05" not in {f.code for f in first.findings}
+    nn.init.zeros_(model.score.weight)
+    model.save_pretrained(tmp_path / "dead")
+    found = [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path / "dead")).findings]
+    assert ("V05", ["score.weight"]) in found
+    kind = transformers.AutoModelForMaskedLM
+    model = saved("roberta", tmp_path / "roberta", kind, **sizes, num_attention_heads=4, type_vocab_size=1)
+    nn.init.zeros_(model.roberta.embeddings.token_type_embeddings.weight)  # as RoBERTa's own conversion does
+    model.save_pretrained(tmp_path / "roberta")
+    assert "V05" not in {f.code for f in tk.diagnose(str(tmp_path / "roberta")).findings}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2"])
+def test_a_reward_model_of_a_known_family_misses_no_head(kind: str, tmp_path: Path) -> None:
+    auto = transformers.AutoModelForSequenceClassification
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_labels": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    saved(kind, tmp_path, auto, **sizes)
+    found = tk.diagnose(str(tmp_path))
+    assert found.exit_code == 0, found.findings
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "model.safetensors"
+    save_file({n: t for n, t in load_file(path).items() if n != "score.weight"}, path, metadata={"format": "pt"})
+    assert [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path)).findings] == [("K01", ["score.weight"])]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_model_without_head_is_whole_and_its_state_is_not_torchtitans(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = saved(kind, tmp_path / "model", transformers.AutoModel, **sizes, num_attention_heads=4)
+    torch.save(model.state_dict(), tmp_path / "saved.pth")
+    assert tk.diagnose(str(tmp_path / "model")).exit_code == 0
+    assert main(["diff", str(tmp_path / "model"), str(tmp_path / "saved.pth")]) == 0
+    assert tk.diagnose(str(tmp_path / "saved.pth"), reference=str(tmp_path / "model")).exit_code == 0

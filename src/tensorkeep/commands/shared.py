@@ -102,19 +102,32 @@ def with_config(view: StateView, config: str | None) -> StateView:
     return view
 
 
+# of a GGUF's metadata, which nothing computes otherwise
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
 def _stand_in(view: StateView, config: dict[str, Any], path: Path) -> None:
     """Check that the user's config can stand for a GGUF's own, and note where the two say different things.
 
     Raises:
-        TensorkeepError: C01 where it is another architecture's.
+        TensorkeepError: C01 where it is another architecture's, or has other sizes than the file was written with.
     """
-    from tensorkeep.formats.gguf_metadata import ARCHITECTURES, contradictions
+    from tensorkeep.formats.gguf_metadata import ARCHITECTURES, contradictions, refuse_unsaid
 
     made, kind = view.config or {}, str(config.get("model_type"))
     held = ARCHITECTURES.get(str(made.get("model_type")), made.get("model_type"))
     if kind in ARCHITECTURES and held is not None and ARCHITECTURES[kind] != held:
         raise TensorkeepError(f"is the config of a {kind[:40]!r}, and the file holds a {held}", where=path, code="C01")
+    sizes = [k for k in _SIZES if k in made and config.get(k) not in (None, made[k])]
+    if sizes:
+        what = ", ".join(f"{k} {str(config[k])[:20]} for {made[k]}" for k in sizes[:3])
+        hint = "heads say how rows of q and k lie in this file: give the config of its own model"
+        raise TensorkeepError(f"has other sizes than the file's metadata: {what}", where=path, code="C01", hint=hint)
     view.metadata["not_in_config"] = []
+    try:
+        refuse_unsaid(config)
+    except TensorkeepError as error:
+        view.notes.append(Note("C01", f"{path}: {error.what}; it is taken from there"))
     with contextlib.suppress(TensorkeepError):  # the metadata cannot say this config's RoPE, and does not contradict it
         if len(made) > 1 and (wrong := contradictions(config, made)):
             view.notes.append(Note("C01", f"{path} stands for what the metadata says: {'; '.join(wrong[:3])}"))

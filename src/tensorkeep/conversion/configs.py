@@ -14,18 +14,28 @@ from tensorkeep.conversion.naming.table import from_own
 from tensorkeep.conversion.plan import Plan
 from tensorkeep.formats.companions import Companion, travelling
 from tensorkeep.formats.view import Note, StateView
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.layout import SinkTensor
 from tensorkeep.storage.record import DTYPES, TensorRecord
 
 
 def gather(sources: Sequence[StateView]) -> tuple[dict[str, Any] | None, list[Companion]]:
-    """Return the first config found, and every companion file once, in the order of the sources."""
+    """Return the first config found, and every companion file once, in the order of the sources.
+
+    Args:
+        sources: the checkpoints.
+
+    Raises:
+        TensorkeepError: C01 for a config of a model that nobody can have, of which no tensor could be missed.
+    """
     companions: dict[str, Companion] = {}
     for view in sources:
         for companion in travelling(view.companions):
             companions.setdefault(companion.name, companion)
-    config = next((v.config for v in sources if v.config is not None), None)
+    config, where = next(((v.config, v.path) for v in sources if v.config is not None), (None, ""))
+    if config is not None:
+        check_config(config, f"the config of {where}")
     return config, list(companions.values())
 
 

@@ -34,6 +34,7 @@ class ModelNames:
         tied_as: live name of a tied tensor -> its name in a file that holds both.
         ignored: patterns of names that files may hold and the model has no use for.
         computed: buffers that are never stored.
+        unsaved: parameters that files leave out, with the digest of what the model computes for each, by dtype.
         prefix: of the model without its head.
         inward: live stacks of experts that are [experts, in, out].
         linear: kind of each module that multiplies by a matrix, by path (`linear_layers`).
@@ -55,6 +56,7 @@ class ModelNames:
     tied_as: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     computed: tuple[str, ...] = ()
+    unsaved: dict[str, dict[str, str]] = field(default_factory=dict)
     prefix: str = ""
     inward: tuple[str, ...] = ()
     linear: dict[str, str] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class ModelNames:
         Args:
             name: a file's.
         """
-        return name in self.computed or any(re.search(p, name) for p in self.ignored)
+        return name in self.computed or name in self.unsaved or any(re.search(p, name) for p in self.ignored)
 
     @property
     def input_weight(self) -> str | None:

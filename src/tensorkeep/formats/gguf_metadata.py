@@ -104,7 +104,7 @@ def metadata_of(
             code="C03",
             hint=f"known are {', '.join(ARCHITECTURES)}; others: llama.cpp's convert_hf_to_gguf.py",
         )
-    _refuse_unsaid(config)
+    refuse_unsaid(config)
     entries, factors = _model(config, ARCHITECTURES[str(kind)])
     records = {t.name: TensorRecord(t.name, t.dtype, t.shape, (), encoding=t.encoding) for t in tensors}
     _compare(config, hf_config(entries, records, factors))
@@ -236,7 +236,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] not in types or odd:
         what = f"RoPE of the type {str(rope['rope_type'])[:40]!r}" + (f" with {', '.join(odd)[:80]}" if odd else "")
         raise unsaid(what)
-    others = {k: rope[k] for k in LLAMA3 if rope["rope_type"] == "llama3" and rope.get(k) != LLAMA3[k]}
+    if rope["rope_type"] in ("llama3", "linear", "yarn"):
+        _number(rope, "factor")
+    others = {k: rope.get(k) for k in LLAMA3 if rope["rope_type"] == "llama3" and rope.get(k) != LLAMA3[k]}
     if others:
         raise unsaid(f"Llama 3's RoPE scaling with {json.dumps(others)[:120]}")
     for key in known & set(rope) - {"rope_type", "type", "short_factor", "long_factor"}:
@@ -244,8 +246,15 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _refuse_unsaid(config: Mapping[str, Any]) -> None:
-    """Stop where the config asks for what the metadata cannot say."""
+def refuse_unsaid(config: Mapping[str, Any]) -> None:
+    """Stop where the config asks for what the metadata cannot say.
+
+    Args:
+        config: as config.json has it.
+
+    Raises:
+        TensorkeepError: C03 naming it.
+    """
     kind = config.get("model_type")
     own = _ASSUMED if kind not in GEMMAS else {}  # `refuse_gemma` has theirs
     for key, assumed in own.items():

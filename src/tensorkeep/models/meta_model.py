@@ -20,6 +20,7 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.models.language_model import believable_config, silent
 from tensorkeep.models.meta_rows import as_saved, inverted
 from tensorkeep.models.refusals import refusals, said
+from tensorkeep.models.unsaved import computed_values, digests
 from tensorkeep.quantization.linear_layers import linear_layers
 
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
@@ -80,8 +81,8 @@ def facts(model: Any) -> dict[str, Any]:
     live = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     tied = _tied(model)
     kept = {n: s for n, s in live.items() if n not in tied}
-    unsaved = [n for n in kept if any(re.search(p, n) for p in getattr(model, "_keys_to_ignore_on_save", None) or ())]
-    kept = {n: s for n, s in kept.items() if n not in unsaved}  # Marian's positions, which it computes
+    unsaved = {n: digests(values) for n, values in computed_values(model).items() if n in kept}
+    kept = {n: s for n, s in kept.items() if n not in unsaved}
     file, saved, problem = as_saved(model, kept)
     made = inverted(saved, kept)
     in_file = {n: next(iter(as_saved(model, {n: live[n]})[0]), n) for n in {*tied, *tied.values()}}
@@ -97,7 +98,8 @@ def facts(model: Any) -> dict[str, Any]:
         "tied": {in_file[other]: in_file[source] for other, source in tied.items()},
         "tied_as": {other: in_file[other] for other in tied},
         "ignored": sorted(str(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
-        "computed": sorted({*unsaved, *(n for n, _ in model.named_buffers() if n not in live)}),
+        "computed": sorted({n for n, _ in model.named_buffers()} - set(live)),
+        "unsaved": unsaved,
         "prefix": str(getattr(model, "base_model_prefix", "") or ""),
         "inward": _inward(model),
         "linear": {n: k for n, k, _ in linear_layers(model)},

@@ -31,7 +31,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.storage.hub import cache_folder
 from tensorkeep.storage.record import nbytes
 
-_SCHEMA = 4
+_SCHEMA = 5
 _LARGEST = 64 << 20  # bytes of a kept answer
 
 
@@ -320,7 +320,25 @@ def from_live(names: ModelNames, live: Mapping[str, HfTensor], sources: Sequence
             out[file] = replace(live[own], name=file, tied_to=None)
             if names.tied[file] not in out:
                 out[names.tied[file]] = replace(live[own], name=names.tied[file], tied_to=None)
-    return out
+    return out | {n: live[n] for n in names.unsaved if n in live and not as_computed(names, live[n], sources)}
+
+
+def as_computed(names: ModelNames, tensor: HfTensor, sources: Sequence[StateView]) -> bool:
+    """Say whether a tensor is one that files leave out, and holds what the model computes.
+
+    Args:
+        names: of the model.
+        tensor: by its live name.
+        sources: the views that its parts are in.
+
+    Returns:
+        Whether nothing is lost without it.
+    """
+    part = tensor.parts[0]
+    if tensor.name not in names.unsaved or len(tensor.parts) > 1 or not part.plain or part.rows is not None:
+        return False
+    view = sources[part.source]
+    return names.unsaved[tensor.name].get(view[part.name].dtype) == view.digest(part.name)
 
 
 def joined(

@@ -189,13 +189,16 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
         for rank, scheme in enumerate(candidates):
             if hasattr(scheme, "holds") and not scheme.holds(shapes):
                 continue
+            if root and "." in root and scheme.NAME != "hf":
+                continue  # others' names may be what is left of hf's
             known = sum(count for kind, count in kinds.items() if scheme.recognise(kind))
             score = (known, -order, -rank)
             if known and (best is None or score > best[0]):
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
     ours = view.format in ("hf", "dcp", "pth") and isinstance((view.config or {}).get("model_type"), str)
-    if best is not None and ours and naming is None and 2 * best[0][0] < len(best[1].names):
-        best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`)
+    least = 2 if ours else 10
+    if best is not None and naming is None and least * best[0][0] < len(best[1].names):
+        best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`, any `norm.weight`)
     if best is not None:
         found = best[1]
         return _claimed(view, found) if naming is None else found
@@ -225,7 +228,11 @@ def _roots(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> list[str | 
     """Return the roots to try: none first, then those that the file's nesting or its names suggest, averages last."""
     heads = {str(p[0]) for p in paths.values() if len(p) > 1} | {_first(n) for n in view}
     heads |= {_first(unwrap(n)[0]) for n in view}
-    return [None, *(r for r in ROOTS if r in heads)]
+    roots = [r for r in ROOTS if r in heads]
+    nests = [r for r in roots if r not in EMA_ROOTS and view.format in ("pth", "dcp")]
+    inner = {r: {_first(n[len(r) + 1 :]) for n in view if n.startswith(f"{r}.")} for r in nests}
+    # Lightning's `state_dict` over a module that keeps the model as `self.model`
+    return [None, *roots, *(f"{r}.{next(iter(words))}" for r, words in inner.items() if len(words) == 1)]
 
 
 def _first(name: str) -> str:
@@ -261,7 +268,7 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
 
 def other_state(name: str, root: str | None) -> str | None:
     """Return what a tensor is that belongs to training and not to the model, by its first segment; else None."""
-    return _other_state(_first(name), root)
+    return _other_state(_first(name), _first(root) if root else root)
 
 
 @cache

@@ -70,7 +70,8 @@ def _prefixed(case: Case, kind: str, prefix: str) -> Finding:
     # transformers itself puts a base model's missing prefix back
     mended = kind == "lost" and case.view is not None and case.view.format == "hf"
     what = f"carry {prefix!r} in excess" if kind == "extra" else f"lack {prefix!r}"
-    message = f"the names {what}: no loader would find these tensors"
+    finds = "transformers puts it back, no other loader" if mended else "no loader"
+    message = f"the names {what}: {finds} would find these tensors"
     evidence = {"prefix": prefix, "kind": kind}
     return Finding(
         CODE, "warning" if mended else "error", message, names, evidence, explains=_EXPLAINS, fix=case.repair_command()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorkeep.diagnosis.evidence.bytewise import SAME
+from tensorkeep.diagnosis.evidence.bytewise import SAME, bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.expectation import same_tensor
 from tensorkeep.diagnosis.evidence.originals import relation_of
@@ -27,6 +27,7 @@ from tensorkeep.diagnosis.evidence.statistics import relation, rounded
 from tensorkeep.errors import word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.names import exactly
+from tensorkeep.models.alignment import tied_names
 
 CODE = "T01"
 
@@ -34,6 +35,7 @@ CODE = "T01"
 def check(case: Case) -> Iterator[Finding]:
     """Report different head and embedding under a config that ties them; an info where the reference has the same."""
     yield from case.from_reading(CODE)
+    yield from _layers(case)
     head, embed = case.tensors.get(case.head), case.tensors.get(case.embedding)
     if not case.config_ties() or head is None or embed is None:
         return
@@ -62,6 +64,24 @@ def check(case: Case) -> Iterator[Finding]:
     drop = f"tensorkeep convert {word(case.path)} OUT --to hf --drop {word(exactly(case.stored(case.head)))}"
     fix = f"{drop}  # or set tie_word_embeddings to false"
     yield Finding(CODE, "error", message, odd, evidence, explains=["K02", "V06", "C01"], fix=fix)
+
+
+def _layers(case: Case) -> Iterator[Finding]:
+    """Report weights that layers share by the config (Zamba's), where the file holds two that differ."""
+    ties = tied_names(case.model_config, case.tensors) if case.config_ties() else {}
+    unread = case.claims.keys() | case.broken.keys() | case.packed
+    apart = []
+    for name, other in ties.items():
+        mine, theirs = case.tensors.get(name), case.tensors.get(other)
+        if mine is None or theirs is None or mine.parts == theirs.parts or unread & {name, other} or name == case.head:
+            continue
+        a, b = case.values(name), case.values(other)
+        if a.shape != b.shape or not bits_equal(a, b.astype(a.dtype)):
+            apart.append(name)
+    if apart:
+        message = f"the config ties {len(apart)} tensors to others, and the file holds two that differ of each"
+        fix = "transformers 5 loads both; if the tie is meant, drop one: tensorkeep convert SRC OUT --drop NAME"
+        yield Finding(CODE, "warning", message, apart, fix=fix)
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

@@ -17,7 +17,7 @@ What to do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -37,11 +37,12 @@ def check(case: Case) -> Iterator[Finding]:
             n for n in case.differing(floating=False) if not any(piece.any() for piece in pieces_of(case.values(n)))
         ]
     else:
-        # biases start at zero and may well stay there, BART's [1, vocabulary] too
+        # biases start at zero and may well stay there, BART's [1, vocabulary] too, and RoBERTa's one type of token;
+        # a head of one row (a reward model's) does not
         zero = [
             n
             for n, s in scan(case).items()
-            if s.constant == 0.0 and sum(d > 1 for d in case.tensors[n].shape) > 1 and n not in case.claims
+            if s.constant == 0.0 and _is_matrix(n, case.tensors[n].shape) and n not in case.claims
         ]
     if not zero:
         return
@@ -49,6 +50,12 @@ def check(case: Case) -> Iterator[Finding]:
     count = sum(int(np.prod(case.tensors[n].shape)) for n in zero)
     message = f"{len(zero)} tensors are all zeros: never written"
     yield Finding(CODE, "error", message, zero, {"elements": count}, explains=["V06"], fix=case.repair_command(zero))
+
+
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor has more than one row, or is a linear layer's only one."""
+    row = len(shape) == 2 and max(shape) > 1 and name.endswith(".weight") and "embed" not in name
+    return row or sum(d > 1 for d in shape) > 1
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

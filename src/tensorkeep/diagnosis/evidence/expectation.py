@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from tensorkeep.conversion import architecture
+from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.bytewise import bits_equal
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.formats.table import fact
@@ -30,12 +32,24 @@ def expectation(case: Case) -> Expectation | None:
     if case.reference is not None and not fact(case.reference.format, "ADAPTERS_ONLY"):
         shapes = {n: h.shape for n, h in case.reference_tensors.items() if n not in case.packed or n in case.tensors}
         return Expectation(shapes, "the reference") if shapes else None
-    expected = architecture.expected(case.config)
+    expected = _by_table(case)
     if expected is None and case.config is not None and case.names is not None:
         expected = case.names.file
     if expected is None:
         return None
     return Expectation(expected, f"the config ({(case.config or {}).get('model_type')})")
+
+
+def _by_table(case: Case) -> architecture.Shapes | None:
+    """Return what the tables here say of the config's model: they know no reward models, for instance."""
+    classes = (case.config or {}).get("architectures")
+    first = str(classes[0]) if isinstance(classes, list) and classes else ""
+    other = re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+\Z", first)
+    if other and case.names is not None:
+        return None
+    asked = architecture.expected(case.config)
+    headless = re.search(r"(?<!LMHead)(?<!DoubleHeads)Model\Z", first)
+    return {n: s for n, s in asked.items() if n != hf.HEAD} if asked is not None and headless else asked
 
 
 def model_stored(case: Case) -> bool:
@@ -68,7 +82,7 @@ def unexpected(case: Case) -> list[str]:
     extra = [n for n in case.tensors if n not in wanted.shapes and n not in case.packed]
     # a tied head stored twice is no surprise; T01 looks whether both copies agree
     extra = [n for n in extra if n not in case.ties]
-    known = case.names if extra and case.reference is None and architecture.expected(case.config) is None else None
+    known = case.names if extra and case.reference is None and _by_table(case) is None else None
     return [n for n in extra if known is None or not (known.ignores(n) or n in known.tied)]
 
 

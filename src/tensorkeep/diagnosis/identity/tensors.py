@@ -21,7 +21,7 @@ from tensorkeep.formats.names import grouped
 from tensorkeep.formats.view import StateView
 from tensorkeep.formats.whole_config import complete
 from tensorkeep.models.alignment import as_loaded, from_memory, rearranges, tied_names
-from tensorkeep.models.names import known
+from tensorkeep.models.names import as_computed, known
 from tensorkeep.storage.record import PASSED_BLOCKS, nbytes
 
 # an output head and the embedding that it may be, in files that no config lies beside
@@ -93,7 +93,8 @@ def canonical_tensors(view: StateView) -> Canonical:
         tensors, names = _as_files_have_them(view, config, naming.naming, tensors)
     out = Canonical(view, tensors)
     out.left_out = {p.name: s.reason for s in dropped for p in s.parts}
-    for name in [n for n in tensors if names is not None and n in names.computed]:
+    made = names.computed if names is not None else ()
+    for name in [n for n, t in tensors.items() if n in made or (names is not None and as_computed(names, t, [view]))]:
         out.left_out |= {p.name: "a buffer that the model computes from its config" for p in tensors.pop(name).parts}
     if not tensors:
         raise TensorkeepError("holds no tensor of a model", where=view.path, code="K05")

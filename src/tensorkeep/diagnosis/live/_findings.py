@@ -20,6 +20,7 @@ from tensorkeep.models import adapter_names
 from tensorkeep.models.counterpart import CounterpartFinder, StoredModel
 from tensorkeep.models.names import names_for
 from tensorkeep.models.tensors import Held, local
+from tensorkeep.models.unsaved import computed_values
 from tensorkeep.quantization.stored import find_quantized, members
 
 _TITLES = {
@@ -74,20 +75,31 @@ def tensor_findings(model: nn.Module, tensors: list[Held], source: StoredModel) 
     if seen.within:
         message = f"{len(seen.within)} quantized tensors are the file's within their quantization; less is not seen"
         yield Finding("Q02", "info", message, seen.within)
-    made = [m for m in seen.missing if any(re.search(p, m.name) for p in _unsaved(model))]
-    if made:
-        message = f"{len(made)} tensors are in no file, the model computes them itself; their values were not compared"
-        yield Finding("K01", "info", message, [m.name for m in made])
-    seen.missing = [m for m in seen.missing if all(m is not o for o in made)]
+    made = _computed(model, seen.missing) if seen.missing else {}
+    right, wrong = ([n for n, equal in made.items() if equal is what] for what in (True, False))
+    if right:
+        message = f"{len(right)} tensors are in no file and hold what the model computes for them"
+        yield Finding("K01", "info", message, right)
+    if wrong:
+        message = f"{len(wrong)} tensors are in no file and do not hold what the model computes for them: {_few(wrong)}"
+        yield Finding("B01", "error", message, wrong)
+    seen.missing = [m for m in seen.missing if m.name not in made]
     yield from _missing(seen.missing, tensors, source, adapter_names.parts_of(model))
     yield from _dropped(model, tensors, source, bool(seen.missing))
     yield from _gathered(seen.found)
     yield from _cause(model, seen.found, seen.compared, source)
 
 
-def _unsaved(model: nn.Module) -> list[str]:
-    """Return the patterns of tensors that transformers leaves out of files (Marian's positions)."""
-    return [str(p) for m in model.modules() for p in getattr(m, "_keys_to_ignore_on_save", None) or ()]
+def _computed(model: nn.Module, missing: Iterable[Held]) -> dict[str, bool]:
+    """Say of tensors that transformers leaves out of files (Marian's positions) whether they are what it computes."""
+    values = {id(model.get_parameter(name)): made for name, made in computed_values(model).items()}
+    out = {}
+    for item in missing:
+        if id(item.tensor) in values and not item.tensor.is_meta:
+            mine, at = local(item.tensor.detach())
+            whole = values[id(item.tensor)].to(mine.dtype)
+            out[item.name] = same(mine.cpu(), whole[tuple(slice(o, o + s) for o, s in zip(at, mine.shape))])
+    return out
 
 
 @dataclass
