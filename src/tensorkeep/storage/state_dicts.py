@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tensorkeep.errors import TensorkeepError, shown
@@ -51,6 +51,9 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
             raise TensorkeepError(
                 "is nested more than 32 levels deep", where=where, code="F07", hint="this is no state dict"
             )
+        if not isinstance(item, _NESTED):
+            yield name, item
+            continue
         tensor = (stored_tensor(item, where) or part_of(item, where)) if isinstance(item, Object) else None
         children = None if tensor is not None else _children(item)
         if children is None:
@@ -58,18 +61,25 @@ def iter_tensors(value: Any, where: object, prefix: str = "") -> Iterator[tuple[
             if tensor is None and isinstance(item, Object):
                 yield from _within(item, where, name, seen, left)
             continue
-        left.take(sum(len(name) + len(key) + 17 for key, _ in children))
-        pending.extend((f"{name}.{key}" if name else key, child, depth + 1) for key, child in reversed(children))
+        keys, values = children
+        left.take((len(name) + 17) * len(keys) + sum(map(len, keys)))
+        start, depth = f"{name}." if name else "", depth + 1
+        pending.extend([(start + key, child, depth) for key, child in zip(reversed(keys), reversed(values))])
 
 
-def _children(item: Any) -> list[tuple[str, Any]] | None:
+_NESTED = (Object, dict, list, tuple)
+
+
+def _children(item: Any) -> tuple[list[str], Sequence[Any]] | None:
     """Give the named parts of a dict, or of a list that holds more than plain values; None for a leaf."""
     if isinstance(item, Object) and (item.is_mapping or item.entries):  # a dict, or a subclass of it
         item = item.entries or {}
     if isinstance(item, dict):
-        return [(_spelled(key), child) for key, child in item.items()]
-    if isinstance(item, (list, tuple)) and any(isinstance(child, (Object, dict, list, tuple)) for child in item):
-        return [(str(i), child) for i, child in enumerate(item)]
+        return [_spelled(key) for key in item], list(item.values())
+    if isinstance(item, (list, tuple)):
+        for child in item:
+            if isinstance(child, _NESTED):
+                return list(map(str, range(len(item)))), item
     return None
 
 

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 
@@ -14,7 +14,7 @@ from tensorkeep.errors import TensorkeepError, near_misses, shown
 from tensorkeep.storage.yaml_documents import parse_yaml
 from tensorkeep.training import migration
 from tensorkeep.training.migration import Placed
-from tensorkeep.training.schema import from_mapping
+from tensorkeep.training.schema import from_mapping, hints_of
 from tensorkeep.training.shipped import recipe_text
 
 T = TypeVar("T")
@@ -148,7 +148,7 @@ def _sections(known: set[str]) -> set[str]:
 
 def names(kind: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of every field of a recipe's dataclass and its variants, sections included; some come twice."""
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in hints_of(kind).items():
         yield prefix + name
         inner = [
             h for h in (hint, *getattr(hint, "__args__", ())) if dataclasses.is_dataclass(h) and isinstance(h, type)
