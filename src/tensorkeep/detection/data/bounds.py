@@ -10,12 +10,14 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from tensorkeep.detection.data.ogg_pages import pages, without_pictures
 
 # the first bytes of a file of a format, which come once in it
 _BEGINNINGS = {
@@ -187,10 +189,10 @@ def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
         return "it has no end"
     if kind == "ogg":
         last, shown = dict[int, int](), set[int]()
-        for place, serial, _, flags in _pages(data):
-            last[serial] = flags & 4
-            if flags & 2 and data[place + 28 : place + 35].startswith(_SHOWN):
-                shown.add(serial)
+        for page in pages(data):
+            last[page.serial] = page.flags & 4
+            if page.flags & 2 and data[page.start : page.start + 7].startswith(_SHOWN):
+                shown.add(page.serial)
         ended = [last[serial] for serial in shown or last]
         return "it has no last page" if ended and not any(ended) else None
     if kind == "mxf" and data[:12] == _PARTITION and (place := _stated(data, kind, ends)):
@@ -221,11 +223,11 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
 def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     """Say what a format's own counting shows to be lost within a file."""
     if kind == "ogg":
-        before: dict[int, int] = {}
-        gaps = 0
-        for _, serial, number, flags in _pages(data):
-            gaps += serial in before and not flags & 2 and number != before[serial] + 1
-            before[serial] = number
+        before, heard, gaps = dict[int, int](), without_pictures(data), 0
+        for page in pages(data):
+            last = before.get(page.serial)
+            gaps += last not in (None, page.number - 1) and not page.flags & 2 and page.serial not in heard
+            before[page.serial] = page.number
         return f"numbers of its pages are missing at {gaps} places" if gaps else None
     if kind == "asf":
         return _asf_packets(data)
@@ -310,14 +312,3 @@ def _zeros_are_flat(picture: bytes) -> bool:
             at += 17 + sum(picture[at + 1 : at + 17])
         place = max(end, place + 2)
     return bool(codes) and not any(codes)
-
-
-def _pages(data: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:
-    """Give the pages of an Ogg file: place, number of the stream, number of the page, flags."""
-    place = data.find(b"OggS")
-    while 0 <= place <= len(data) - 27:
-        head = data[place : place + 27]
-        parts = data[place + 27 : place + 27 + head[26]]
-        serial, number = struct.unpack("<II", head[14:22])
-        yield place, serial, number, head[5]
-        place = data.find(b"OggS", place + 27 + len(parts) + sum(parts))

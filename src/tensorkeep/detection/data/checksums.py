@@ -1,7 +1,8 @@
 """Compare parts of a video file with the checksums that its format has of them: decoders do not look at those.
 
 A page of Ogg has one, and a cluster of Matroska may (FFmpeg writes them, but not for WebM). A part whose bytes do not
-give its sum was damaged after it was written, whatever a decoder makes of it.
+give its sum was damaged after it was written, whatever a decoder makes of it. A page belongs to one stream, and
+those of sound are passed over; a cluster holds pictures and sound, so that its sum does not say which are damaged.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-_PAGE = b"OggS"
+from tensorkeep.detection.data.ogg_pages import pages, right, without_pictures
+
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"  # of Matroska
 _SUM = b"\xbf\x84"  # its element of a checksum, and that it has four bytes
-_ONES = 0xFFFFFFFF
 _PIECE = 1 << 20
-_TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits in the other order
 
 
 def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
@@ -34,7 +34,7 @@ def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
 
     Example:
         >>> wrong_sums(Path("clip.mkv"), "matroska,webm", ends)  # doctest: +SKIP
-        'the checksums of 1 of its 12 parts do not fit, the first near frame 96'
+        'the checksums of 1 of its 12 parts do not fit, in pictures or in sound, the first near frame 96'
     """
     parts = _pages if kind == "ogg" else _clusters if kind.startswith("matroska") else None
     if parts is None:
@@ -45,22 +45,18 @@ def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
     if not wrong:
         return None
     frame = int(np.searchsorted(np.maximum.accumulate(np.array([0, *ends])), wrong[0], side="right")) - 1
-    return f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, the first near frame {frame}"
+    what = "pictures" if kind == "ogg" else "pictures or in sound"
+    return (
+        f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, in {what}, the first near frame {frame}"
+    )
 
 
 def _pages(data: mmap.mmap) -> Iterator[tuple[int, bool]]:
-    """Give the pages of an Ogg file, and whether each gives its sum: a CRC-32 that begins at 0, bits in order."""
-    place = data.find(_PAGE)
-    while 0 <= place <= len(data) - 27:
-        head = data[place : place + 27]
-        parts = data[place + 27 : place + 27 + head[26]]
-        end = place + 27 + len(parts) + sum(parts)
-        if end > len(data):
-            return
-        page = head[:22] + bytes(4) + data[place + 26 : end]
-        made = zlib.crc32(page.translate(_TURNED), _ONES) ^ _ONES
-        yield place, int(f"{made:032b}"[::-1], 2) == int.from_bytes(head[22:26], "little")
-        place = data.find(_PAGE, end)
+    """Give the whole pages of an Ogg file but those of sound, and whether each gives its sum."""
+    heard = without_pictures(data)
+    for page in pages(data):
+        if page.serial not in heard and page.end <= len(data):
+            yield page.place, right(data, page)
 
 
 def _clusters(data: mmap.mmap) -> Iterator[tuple[int, bool]]:

@@ -174,7 +174,8 @@ def _cut_short(
     said = float(stream.duration * stream.time_base) if kind in ("avi", *_EXACT) and stream.duration else 0.0
     if kind == "asf":  # FFmpeg adds when a stream begins to what the header says of the whole
         said = max(float((each.duration or 0) * each.time_base) for each in _streams(container))
-    said = said or (container.duration or 0) / 1e6
+    early = min(0, container.start_time or 0)  # FFmpeg adds what comes before 0 to fragments' lengths
+    said = said or ((container.duration or 0) + early) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
     if kind in _EXACT and len(rows) < (said - 0.5 * end / frames) * frames / end and stream.duration < _UNKNOWN:
@@ -291,13 +292,14 @@ def _missing_of_index(container: Any, stream: Any, rows: Sequence[Packet], secon
 
 
 def _last_end(opened: Opened) -> float:
-    """Return when the last packet of any stream ends, in seconds as the file counts them."""
-    last = 0.0
+    """Return when the last packet of any stream ends, in seconds from 0, or from the first one where it is before 0."""
+    first = last = 0.0
     with opened() as (container, _):
         for packet in demuxed(container, *_streams(container)):
             if packet.size and packet.pts is not None and not packet.is_corrupt:
+                first = min(first, float(packet.pts * packet.time_base))
                 last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    return last
+    return last - first
 
 
 def _streams(container: Any) -> list[Any]:
