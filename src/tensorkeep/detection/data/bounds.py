@@ -1,8 +1,8 @@
 """Where a video file ends by its own format: whether bytes are lacking there, and what lies behind.
 
-Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures, pages have
-numbers, the last of them a mark. A file that is shorter was cut, or lost bytes on the way. Where a second file was
-joined to the first, players of most formats stop at its beginning and say nothing.
+Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures. A file
+that is shorter was cut, or lost bytes on the way. Where a second file was joined to the first, players of most formats
+stop at its beginning and say nothing.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tensorkeep.detection.data.ogg_pages import pages, without_pictures
-
 # the first bytes of a file of a format, which come once in it
 _BEGINNINGS = {
     "asf": bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
@@ -29,8 +27,8 @@ _PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of ASF: its o
 _PACKETS = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")  # and that of its packets
 _TAGS = (8, 9, 18)  # of parts of an FLV
 _AFTER = 4  # bytes behind each, which say how long it is
-_SHOWN = (b"\x80theora", b"OVP80")  # what a stream of pictures begins with in Ogg
 _FILLED = re.compile(rb"[^\0]")
+_PADDING = 1 << 26  # bytes behind a file that are looked at: recorders may have kept room for gigabytes
 _SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
 _PARTITION = bytes.fromhex("060e2b34020501010d010201")  # of MXF; what follows says which
 _FOOTER = 24  # bytes from the start of a partition's fields to the place of the footer
@@ -180,21 +178,13 @@ def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     if kind == "mjpeg" and len(ends) > 1 and b"\xff\xd9" not in data[ends[-2] : ends[-1]]:
         return "its last picture is not whole"
     if kind.startswith("mov") and (place := _fragments(data)[1]):
-        if place < len(data) and _FILLED.search(data, place):  # zeros are padding
+        if place < len(data) and _FILLED.search(data, place, place + _PADDING):  # zeros are padding
             return f"of its last {len(data) - place} bytes, which are no part of it, nothing is read"
         return f"{place - len(data)} bytes of its last part are missing" if place > len(data) else None
     if kind == "flv" and (more := _flv_end(data) - len(data)) > _AFTER:
         return f"{more} bytes of its last part are missing"
     if kind == "apng" and b"IEND" not in tail:
         return "it has no end"
-    if kind == "ogg":
-        last, shown = dict[int, int](), set[int]()
-        for page in pages(data):
-            last[page.serial] = page.flags & 4
-            if page.flags & 2 and data[page.start : page.start + 7].startswith(_SHOWN):
-                shown.add(page.serial)
-        ended = [last[serial] for serial in shown or last]
-        return "it has no last page" if ended and not any(ended) else None
     if kind == "mxf" and data[:12] == _PARTITION and (place := _stated(data, kind, ends)):
         return None if data[place : place + 12] == _PARTITION else "its end does not lie where its header says"
     return None
@@ -205,7 +195,9 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
     if kind.startswith("mov"):
         found = list(boxes)
         again = [k for k, (name, _) in enumerate(found) if name == b"moov"][1:]
-        more = _FILLED.search(data, found[-1][1]) if found and found[-1][0] == bytes(4) else None
+        more = (
+            _FILLED.search(data, found[-1][1], found[-1][1] + _PADDING) if found and found[-1][0] == bytes(4) else None
+        )
         if more and data[more.start() + 1 : more.start() + 5] == b"ftyp":  # behind padding
             return len(data) - more.start() + 3
         if not again or any(name == b"moof" for name, _ in found):  # fragments of a second index are read
@@ -222,13 +214,6 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
 
 def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     """Say what a format's own counting shows to be lost within a file."""
-    if kind == "ogg":
-        before, heard, gaps = dict[int, int](), without_pictures(data), 0
-        for page in pages(data):
-            last = before.get(page.serial)
-            gaps += last not in (None, page.number - 1) and not page.flags & 2 and page.serial not in heard
-            before[page.serial] = page.number
-        return f"numbers of its pages are missing at {gaps} places" if gaps else None
     if kind == "asf":
         return _asf_packets(data)
     if kind == "gif":

@@ -1,8 +1,7 @@
-"""Compare parts of a video file with the checksums that its format has of them: decoders do not look at those.
+"""Compare parts of a Matroska file with the checksums that it may have of them: decoders do not look at those.
 
-A page of Ogg has one, and a cluster of Matroska may (FFmpeg writes them, but not for WebM). A part whose bytes do not
-give its sum was damaged after it was written, whatever a decoder makes of it. A page belongs to one stream, and
-those of sound are passed over; a cluster holds pictures and sound, so that its sum does not say which are damaged.
+FFmpeg writes one of each cluster, but not for WebM. A part whose bytes do not give its sum was damaged after it was
+written, whatever a decoder makes of it. A cluster holds pictures and sound: its sum does not say which are damaged.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from tensorkeep.detection.data.ogg_pages import pages, right, without_pictures
 
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"  # of Matroska
 _SUM = b"\xbf\x84"  # its element of a checksum, and that it has four bytes
@@ -36,27 +33,16 @@ def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
         >>> wrong_sums(Path("clip.mkv"), "matroska,webm", ends)  # doctest: +SKIP
         'the checksums of 1 of its 12 parts do not fit, in pictures or in sound, the first near frame 96'
     """
-    parts = _pages if kind == "ogg" else _clusters if kind.startswith("matroska") else None
-    if parts is None:
+    if not kind.startswith("matroska"):
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        known = list(parts(data))
+        known = list(_clusters(data))
     wrong = [place for place, right in known if not right]
     if not wrong:
         return None
     frame = int(np.searchsorted(np.maximum.accumulate(np.array([0, *ends])), wrong[0], side="right")) - 1
-    what = "pictures" if kind == "ogg" else "pictures or in sound"
-    return (
-        f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, in {what}, the first near frame {frame}"
-    )
-
-
-def _pages(data: mmap.mmap) -> Iterator[tuple[int, bool]]:
-    """Give the whole pages of an Ogg file but those of sound, and whether each gives its sum."""
-    heard = without_pictures(data)
-    for page in pages(data):
-        if page.serial not in heard and page.end <= len(data):
-            yield page.place, right(data, page)
+    what = f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, in pictures or in sound"
+    return f"{what}, the first near frame {frame}"
 
 
 def _clusters(data: mmap.mmap) -> Iterator[tuple[int, bool]]:
