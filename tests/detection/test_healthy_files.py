@@ -107,6 +107,19 @@ def heard(path: Path) -> Path:
     return path
 
 
+def test_an_ogg_that_stops_between_two_pages_is_whole_and_one_that_stops_within_is_cut_short(tmp_path: Path) -> None:
+    """Recorders that are stopped, and cutters, write no mark of the end."""
+    path = heard(tmp_path / "a.ogv")
+    data = path.read_bytes()
+    found = pages(data)
+    path.write_bytes(data[: found[-2][0]])
+    assert probe(path).problem is None and check_pictures(path) == []
+    path.write_bytes(data[: found[-2][0] + 40])
+    assert "cut short" in str(probe(path).problem)
+    path.write_bytes(data[: found[-2][0]] + bytes(3000))
+    assert "no last page" in str(probe(path).problem)
+
+
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("of_sound", [False, True])
 def test_damage_to_the_sound_of_an_ogg_alone_is_no_damage_to_its_pictures(

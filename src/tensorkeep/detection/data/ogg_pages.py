@@ -16,6 +16,7 @@ import numpy as np
 
 _MARK = b"OggS\0"
 _HEAD = 27  # bytes of a page before the lengths of its parts
+_GOES_ON = 255  # length of a page's last part where the next page has more of it
 _FIRST, _LAST = 2, 4  # flags of a stream's first page, and of its last
 _SHOWN = (b"\x80theora", b"OVP80")  # what a stream of pictures begins with
 # what streams begin with that hold no pictures
@@ -64,8 +65,10 @@ def odd_pages(path: Path, ends: Sequence[int]) -> tuple[str | None, str | None]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         heard, shown = _kinds(data)
         last, before, wrong, checked, gaps = dict[int, int](), dict[int, int](), list[int](), 0, 0
+        complete = False  # a recording that was stopped ends with a page like any other
         for page in _pages(data):
             last[page.serial] = page.flags & _LAST
+            complete = page.end == len(data) and data[page.start - 1] != _GOES_ON
             if page.serial in heard:
                 continue
             number = before.get(page.serial)
@@ -75,7 +78,7 @@ def odd_pages(path: Path, ends: Sequence[int]) -> tuple[str | None, str | None]:
                 checked += 1
                 wrong += [] if _right(data, page) else [page.place]
     ended = [last[serial] for serial in shown or last]
-    lacks = "it has no last page" if ended and not any(ended) else None
+    lacks = "it has no last page" if ended and not any(ended) and not complete else None
     if gaps:
         return lacks, f"numbers of its pages are missing at {gaps} places"
     if not wrong:

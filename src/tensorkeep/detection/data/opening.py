@@ -39,7 +39,6 @@ _OTHERS = (
     (rb"RIFF....WEBP", "a WebP picture"),
     (rb"\x89PNG", "a PNG picture"),
     (rb"\xff\xd8\xff", "a JPEG picture"),
-    (rb"GIF8", "a GIF"),
     (rb"BM....\0\0\0\0", "a BMP picture"),
     (rb"(II\*\0|MM\0\*)", "a TIFF picture"),
     (rb"....ftyp(avif|avis|heic|heix|mif1|msf1)", "an AVIF or HEIF picture"),
