@@ -139,3 +139,21 @@ def test_damage_to_the_sound_of_an_ogg_alone_is_no_damage_to_its_pictures(
     assert (info.problem is None and info.frames == 40) is of_sound
     if of_sound:
         assert number_of(decode(path, [39])[0]) == 39 and check_pictures(path) == []
+
+
+BEHIND = {
+    "a.gif": {"codec": "gif"},
+    "a.ts": {"codec": "mpeg2video", "rate": 25},
+    "a.mp4": {"codec": "libx264", "movflags": "frag_keyframe+empty_moov"},
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_what_programs_put_behind_a_video_is_no_cut_and_a_cut_is_still_told(tmp_path: Path, name: str) -> None:
+    path = film(tmp_path / name, b_frames=0, **BEHIND[name])
+    data = path.read_bytes()
+    for more in (b"\n", b"TAG" + bytes(125), b"Recorded by a camera\r\n" * 20):
+        path.write_bytes(data + more)
+        assert probe(path).problem is None and probe(path).frames == 40
+    path.write_bytes(data[: len(data) * 3 // 4 + 1])
+    assert "cut short" in str(probe(path).problem)

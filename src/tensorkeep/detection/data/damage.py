@@ -215,7 +215,14 @@ def _ts_grid(path: Path) -> tuple[int, int] | None:
 def _whole_ts_packets(path: Path, length: int) -> bool:
     """Return whether a transport stream ends with a whole packet, wherever its first one lies."""
     size, first = _ts_grid(path) or (0, 0)
-    return (length - first) % size in (0, size - 4) if size else any(length % each == 0 for each in _TS_PACKETS)
+    if not size:
+        return any(length % each == 0 for each in _TS_PACKETS)
+    rest = (length - first) % size
+    if rest in (0, size - 4):
+        return True
+    with path.open("rb") as file:
+        file.seek(length - rest)
+        return file.read(1)[0] != _SYNC  # what begins otherwise was put behind it
 
 
 def _open_element(path: Path, length: int) -> bool:
@@ -246,8 +253,6 @@ def _lacks_end(path: Path, kind: str, length: int) -> bool:
         head = file.read(_HEAD)
         file.seek(max(0, length - _TAIL))
         tail = file.read()
-    if kind == "gif":
-        return not tail.rstrip(b"\0").endswith(b";")
     if kind == "ogg":  # a page's head gives the lengths of its parts
         page = tail.rfind(b"OggS")
         parts = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
