@@ -1,8 +1,8 @@
 """Where a video file ends by its own format: whether bytes are lacking there, and what lies behind.
 
-Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures, pages have
-numbers, the last of them a mark. A file that is shorter was cut, or lost bytes on the way. Where a second file was
-joined to the first, players of most formats stop at its beginning and say nothing.
+Many formats say how long a file is: boxes and elements have lengths, headers count bytes or pictures. A file
+that is shorter was cut, or lost bytes on the way. Where a second file was joined to the first, players of most formats
+stop at its beginning and say nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +27,10 @@ _PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # of ASF: its o
 _PACKETS = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")  # and that of its packets
 _TAGS = (8, 9, 18)  # of parts of an FLV
 _AFTER = 4  # bytes behind each, which say how long it is
-_SHOWN = (b"\x80theora", b"OVP80")  # what a stream of pictures begins with in Ogg
 _FILLED = re.compile(rb"[^\0]")
+_NOTE = 4096  # bytes that cameras and players put behind a file
+_OF_FRAGMENTS = (b"moof", b"mfhd", b"traf", b"trun", b"mdat")
+_PADDING = 1 << 26  # bytes behind a file that are looked at: recorders may have kept room for gigabytes
 _SEGMENT = b"\x18\x53\x80\x67"  # of Matroska
 _PARTITION = bytes.fromhex("060e2b34020501010d010201")  # of MXF; what follows says which
 _FOOTER = 24  # bytes from the start of a partition's fields to the place of the footer
@@ -170,6 +172,12 @@ def _fragments(data: mmap.mmap) -> tuple[list[int], int]:
     return (places, place) if fragmented else ([], 0)
 
 
+def _is_note(data: mmap.mmap, place: int) -> bool:
+    """Return whether what lies behind the last box of an MP4 is padding, or a little that programs put there."""
+    short = len(data) - place <= _NOTE and not any(data.find(name, place) >= 0 for name in _OF_FRAGMENTS)
+    return short or not _FILLED.search(data, place, place + _PADDING)
+
+
 def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     """Say what a file lacks at its end whose format gives no length."""
     tail = data[-_HEAD:]
@@ -178,21 +186,13 @@ def _unfinished(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     if kind == "mjpeg" and len(ends) > 1 and b"\xff\xd9" not in data[ends[-2] : ends[-1]]:
         return "its last picture is not whole"
     if kind.startswith("mov") and (place := _fragments(data)[1]):
-        if place < len(data) and _FILLED.search(data, place):  # zeros are padding
+        if place < len(data) and not _is_note(data, place):
             return f"of its last {len(data) - place} bytes, which are no part of it, nothing is read"
         return f"{place - len(data)} bytes of its last part are missing" if place > len(data) else None
     if kind == "flv" and (more := _flv_end(data) - len(data)) > _AFTER:
         return f"{more} bytes of its last part are missing"
-    if kind == "apng" and b"IEND" not in tail:
+    if (kind == "apng" and b"IEND" not in tail) or (kind == "gif" and not _gif_blocks(data)[1]):
         return "it has no end"
-    if kind == "ogg":
-        last, shown = dict[int, int](), set[int]()
-        for place, serial, _, flags in _pages(data):
-            last[serial] = flags & 4
-            if flags & 2 and data[place + 28 : place + 35].startswith(_SHOWN):
-                shown.add(serial)
-        ended = [last[serial] for serial in shown or last]
-        return "it has no last page" if ended and not any(ended) else None
     if kind == "mxf" and data[:12] == _PARTITION and (place := _stated(data, kind, ends)):
         return None if data[place : place + 12] == _PARTITION else "its end does not lie where its header says"
     return None
@@ -203,7 +203,9 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
     if kind.startswith("mov"):
         found = list(boxes)
         again = [k for k, (name, _) in enumerate(found) if name == b"moov"][1:]
-        more = _FILLED.search(data, found[-1][1]) if found and found[-1][0] == bytes(4) else None
+        more = (
+            _FILLED.search(data, found[-1][1], found[-1][1] + _PADDING) if found and found[-1][0] == bytes(4) else None
+        )
         if more and data[more.start() + 1 : more.start() + 5] == b"ftyp":  # behind padding
             return len(data) - more.start() + 3
         if not again or any(name == b"moof" for name, _ in found):  # fragments of a second index are read
@@ -220,17 +222,10 @@ def _behind(data: mmap.mmap, kind: str, boxes: Iterable[tuple[bytes, int]]) -> i
 
 def _lost(data: mmap.mmap, kind: str, ends: Sequence[int]) -> str | None:
     """Say what a format's own counting shows to be lost within a file."""
-    if kind == "ogg":
-        before: dict[int, int] = {}
-        gaps = 0
-        for _, serial, number, flags in _pages(data):
-            gaps += serial in before and not flags & 2 and number != before[serial] + 1
-            before[serial] = number
-        return f"numbers of its pages are missing at {gaps} places" if gaps else None
     if kind == "asf":
         return _asf_packets(data)
     if kind == "gif":
-        return _gif_blocks(data)
+        return _gif_blocks(data)[0]
     if kind == "dv":
         heads = np.frombuffer(data, np.uint8)[::_DV_BLOCK] >> 4  # a copy, so that the file can be closed
         bad = np.flatnonzero(heads != 1)
@@ -258,25 +253,28 @@ def _flv_end(data: mmap.mmap) -> int:
     return place
 
 
-def _gif_blocks(data: mmap.mmap) -> str | None:
-    """Say where the blocks of a GIF do not follow one another; zeros between them are passed over, as players do."""
+def _gif_blocks(data: mmap.mmap) -> tuple[str | None, bool]:
+    """Say where the blocks of a GIF do not follow one another, and whether they come to their end.
+
+    Zeros between them are passed over, as players do, and what lies behind their end is not looked at.
+    """
     frames, place = 0, 13 + (3 << (data[10] & 7) + 1 if len(data) > 13 and data[10] & 128 else 0)
-    while place + 11 < len(data):
-        mark, table = data[place], data[place + 9]
+    while place < len(data):
+        mark, table = data[place], data[place + 9] if place + 9 < len(data) else 0
         if mark == 0:
             more = _FILLED.search(data, place)
             place = more.start() if more else len(data)
             continue
         if mark == 0x3B:
-            return None
+            return None, True
         if mark not in (0x21, 0x2C):
-            return f"near frame {max(0, frames - 1)} it has bytes that are no part of a GIF"
+            return f"near frame {max(0, frames - 1)} it has bytes that are no part of a GIF", True
         frames += mark == 0x2C
         place += 2 if mark == 0x21 else 11 + (3 << (table & 7) + 1 if table & 128 else 0)
         while place < len(data) and data[place]:
             place += data[place] + 1
         place += 1
-    return None
+    return None, False
 
 
 def _asf_packets(data: mmap.mmap) -> str | None:
@@ -310,14 +308,3 @@ def _zeros_are_flat(picture: bytes) -> bool:
             at += 17 + sum(picture[at + 1 : at + 17])
         place = max(end, place + 2)
     return bool(codes) and not any(codes)
-
-
-def _pages(data: mmap.mmap) -> Iterator[tuple[int, int, int, int]]:
-    """Give the pages of an Ogg file: place, number of the stream, number of the page, flags."""
-    place = data.find(b"OggS")
-    while 0 <= place <= len(data) - 27:
-        head = data[place : place + 27]
-        parts = data[place + 27 : place + 27 + head[26]]
-        serial, number = struct.unpack("<II", head[14:22])
-        yield place, serial, number, head[5]
-        place = data.find(b"OggS", place + 27 + len(parts) + sum(parts))

@@ -1,7 +1,7 @@
-"""Compare parts of a video file with the checksums that its format has of them: decoders do not look at those.
+"""Compare parts of a Matroska file with the checksums that it may have of them: decoders do not look at those.
 
-A page of Ogg has one, and a cluster of Matroska may (FFmpeg writes them, but not for WebM). A part whose bytes do not
-give its sum was damaged after it was written, whatever a decoder makes of it.
+FFmpeg writes one of each cluster, but not for WebM. A part whose bytes do not give its sum was damaged after it was
+written, whatever a decoder makes of it. A cluster holds pictures and sound: its sum does not say which are damaged.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-_PAGE = b"OggS"
 _SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"  # of Matroska
 _SUM = b"\xbf\x84"  # its element of a checksum, and that it has four bytes
-_ONES = 0xFFFFFFFF
 _PIECE = 1 << 20
-_TURNED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte with its bits in the other order
 
 
 def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
@@ -34,33 +31,18 @@ def wrong_sums(path: Path, kind: str, ends: Sequence[int]) -> str | None:
 
     Example:
         >>> wrong_sums(Path("clip.mkv"), "matroska,webm", ends)  # doctest: +SKIP
-        'the checksums of 1 of its 12 parts do not fit, the first near frame 96'
+        'the checksums of 1 of its 12 parts do not fit, in pictures or in sound, the first near frame 96'
     """
-    parts = _pages if kind == "ogg" else _clusters if kind.startswith("matroska") else None
-    if parts is None:
+    if not kind.startswith("matroska"):
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        known = list(parts(data))
+        known = list(_clusters(data))
     wrong = [place for place, right in known if not right]
     if not wrong:
         return None
     frame = int(np.searchsorted(np.maximum.accumulate(np.array([0, *ends])), wrong[0], side="right")) - 1
-    return f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, the first near frame {frame}"
-
-
-def _pages(data: mmap.mmap) -> Iterator[tuple[int, bool]]:
-    """Give the pages of an Ogg file, and whether each gives its sum: a CRC-32 that begins at 0, bits in order."""
-    place = data.find(_PAGE)
-    while 0 <= place <= len(data) - 27:
-        head = data[place : place + 27]
-        parts = data[place + 27 : place + 27 + head[26]]
-        end = place + 27 + len(parts) + sum(parts)
-        if end > len(data):
-            return
-        page = head[:22] + bytes(4) + data[place + 26 : end]
-        made = zlib.crc32(page.translate(_TURNED), _ONES) ^ _ONES
-        yield place, int(f"{made:032b}"[::-1], 2) == int.from_bytes(head[22:26], "little")
-        place = data.find(_PAGE, end)
+    what = f"the checksums of {len(wrong)} of its {len(known)} parts do not fit, in pictures or in sound"
+    return f"{what}, the first near frame {frame}"
 
 
 def _clusters(data: mmap.mmap) -> Iterator[tuple[int, bool]]:

@@ -25,6 +25,7 @@ from tensorkeep.detection.data.checksums import wrong_sums
 from tensorkeep.detection.data.damage import Packet, clock_restarts, demuxed, find_odd, whole_packets
 from tensorkeep.detection.data.gaps import missing_parts
 from tensorkeep.detection.data.hearing import decoder
+from tensorkeep.detection.data.ogg_pages import odd_pages
 from tensorkeep.detection.data.opening import boxes, file_state, opened, quarter_turn
 from tensorkeep.detection.data.stamps import last_step, rising, signed
 from tensorkeep.errors import TensorkeepError
@@ -242,6 +243,8 @@ def _beyond(
     place = f"behind frame {frames - 1} ({table.seconds[-1]:.2f} s)"
     ends = [-1 if r.pos is None else r.pos + r.size for r in rows]
     lacks, behind, within = bounds(Path(path), kind, ends, boxes(path))
+    if kind == "ogg":
+        lacks, within = odd_pages(Path(path), ends)
     if failed:
         yield f"it cannot be read further {place}: {failed[0]}"
     if lacks and not any("cut short" in each for each in lost):

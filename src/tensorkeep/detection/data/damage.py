@@ -174,7 +174,8 @@ def _cut_short(
     said = float(stream.duration * stream.time_base) if kind in ("avi", *_EXACT) and stream.duration else 0.0
     if kind == "asf":  # FFmpeg adds when a stream begins to what the header says of the whole
         said = max(float((each.duration or 0) * each.time_base) for each in _streams(container))
-    said = said or (container.duration or 0) / 1e6
+    early = min(0, container.start_time or 0)  # FFmpeg adds what comes before 0 to fragments' lengths
+    said = said or ((container.duration or 0) + early) / 1e6
     if kind == "mov" and any(entry.pos + entry.size > length for entry in stream.index_entries):
         return f"{what}, its header says {stream.frames} frames in {said:.2f} s"
     if kind in _EXACT and len(rows) < (said - 0.5 * end / frames) * frames / end and stream.duration < _UNKNOWN:
@@ -214,7 +215,14 @@ def _ts_grid(path: Path) -> tuple[int, int] | None:
 def _whole_ts_packets(path: Path, length: int) -> bool:
     """Return whether a transport stream ends with a whole packet, wherever its first one lies."""
     size, first = _ts_grid(path) or (0, 0)
-    return (length - first) % size in (0, size - 4) if size else any(length % each == 0 for each in _TS_PACKETS)
+    if not size:
+        return any(length % each == 0 for each in _TS_PACKETS)
+    rest = (length - first) % size
+    if rest in (0, size - 4):
+        return True
+    with path.open("rb") as file:
+        file.seek(length - rest)
+        return file.read(1)[0] != _SYNC  # what begins otherwise was put behind it
 
 
 def _open_element(path: Path, length: int) -> bool:
@@ -245,8 +253,6 @@ def _lacks_end(path: Path, kind: str, length: int) -> bool:
         head = file.read(_HEAD)
         file.seek(max(0, length - _TAIL))
         tail = file.read()
-    if kind == "gif":
-        return not tail.rstrip(b"\0").endswith(b";")
     if kind == "ogg":  # a page's head gives the lengths of its parts
         page = tail.rfind(b"OggS")
         parts = tail[page + 27 : page + 27 + tail[page + 26]] if len(tail) > page + 26 else b""
@@ -291,13 +297,14 @@ def _missing_of_index(container: Any, stream: Any, rows: Sequence[Packet], secon
 
 
 def _last_end(opened: Opened) -> float:
-    """Return when the last packet of any stream ends, in seconds as the file counts them."""
-    last = 0.0
+    """Return when the last packet of any stream ends, in seconds from 0, or from the first one where it is before 0."""
+    first = last = 0.0
     with opened() as (container, _):
         for packet in demuxed(container, *_streams(container)):
             if packet.size and packet.pts is not None and not packet.is_corrupt:
+                first = min(first, float(packet.pts * packet.time_base))
                 last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    return last
+    return last - first
 
 
 def _streams(container: Any) -> list[Any]:

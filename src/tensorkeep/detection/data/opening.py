@@ -39,7 +39,6 @@ _OTHERS = (
     (rb"RIFF....WEBP", "a WebP picture"),
     (rb"\x89PNG", "a PNG picture"),
     (rb"\xff\xd8\xff", "a JPEG picture"),
-    (rb"GIF8", "a GIF"),
     (rb"BM....\0\0\0\0", "a BMP picture"),
     (rb"(II\*\0|MM\0\*)", "a TIFF picture"),
     (rb"....ftyp(avif|avis|heic|heix|mif1|msf1)", "an AVIF or HEIF picture"),
@@ -74,7 +73,9 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     opening = True
     with explained(path):
         try:
-            with av.open(f"file:{Path(path).absolute()}", format=_bare_jpegs(path), options=_ALLOWED) as container:
+            name, form = f"file:{Path(path).absolute()}", _bare_jpegs(path)
+            # titles in older files are in any encoding
+            with av.open(name, format=form, options=_ALLOWED, metadata_errors="replace") as container:
                 opening = False
                 yield container, _stream_of(container, path, threads)
         except av.error.FFmpegError as error:
@@ -91,6 +92,21 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
             what = f"cannot be read as a video: {error.strerror}"
             what += f"; formats that are read: {_READ}" if opening else ""
             raise TensorkeepError(what, where=path, hint=MEND) from None
+
+
+def sought(container: Any, stream: Any, time: int) -> bool:
+    """Go to the keyframe at or before a time; return whether it was found, if not the container is of no more use.
+
+    Args:
+        container: PyAV's.
+        stream: of the container.
+        time: in the stream's units.
+    """
+    try:
+        container.seek(time, stream=stream, backward=True)
+    except PermissionError:  # FFmpeg's word for a place that it cannot find: not all of its readers can search
+        return False
+    return True
 
 
 def _bare_jpegs(path: str | Path) -> str | None:

@@ -25,7 +25,7 @@ from tensorkeep.detection.data.containers import FrameTable, frame_table
 from tensorkeep.detection.data.damage import demuxed
 from tensorkeep.detection.data.device_augment import scaled
 from tensorkeep.detection.data.hearing import decoder
-from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn
+from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn, sought
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.torchcodec_frames import Pictures, choose_pictures, decode_pictures
 from tensorkeep.errors import TensorkeepError
@@ -128,17 +128,13 @@ def stream_windows(
         held[index] = picture
         lacking.discard(index)
         while not lacking:
-            yield _joined([held[i] for i in lists[k]])
+            shown = [held[i] for i in lists[k]]
+            yield torch.from_numpy(np.stack(shown, out=clip_memory((len(shown), *shown[0].shape))))
             held = {i: kept for i, kept in held.items() if last_use[i] > k}
             k += 1
             if k == len(lists):
                 return
             lacking = set(lists[k]) - held.keys()
-
-
-def _joined(pictures: list[Picture]) -> Tensor:
-    """Return pictures of one shape as `[T, 3, H, W]`."""
-    return torch.from_numpy(np.stack(pictures, out=clip_memory((len(pictures), *pictures[0].shape))))
 
 
 def find_damage(path: str | Path, frames: int) -> list[Problem]:
@@ -245,19 +241,22 @@ def _other_size(table: FrameTable, index: int, before: tuple[int, int], now: tup
 def _frames(
     path: str | Path, table: FrameTable, indices: NDArray[np.int64], threads: int, broken: Broken
 ) -> Iterator[tuple[int, Any, bool]]:
-    """Give `(index, PyAV frame or None, damaged)` in rising order.
-
-    A frame that does not come out is looked for once more from the start of the file.
-    """
+    """Give `(index, PyAV frame or None, damaged)` in rising order; one that does not come is looked for once more."""
     tries = 3  # a file in which this many searches were in vain is damaged; it is not searched again and again
     with opened(path, threads) as (container, stream):
         for index, frame, damaged in _reach(container, stream, table, indices, broken, path):
             if frame is None and tries and not table.counted:
-                with opened(path, threads) as (whole, its_stream):
-                    found = list(_reach(whole, its_stream, table, np.array([index]), broken, path, from_start=True))
-                frame, damaged = found[0][1:]
+                frame, damaged = next(_anew(path, table, np.array([index]), threads, broken))[1:]
                 tries -= frame is None
             yield index, frame, damaged
+
+
+def _anew(
+    path: str | Path, table: FrameTable, indices: NDArray[np.int64], threads: int, broken: Broken
+) -> Iterator[tuple[int, Any, bool]]:
+    """Go through the file from its start, with every picture decoded."""
+    with opened(path, threads) as (container, stream):
+        yield from _reach(container, stream, table, indices, broken, path, from_start=True)
 
 
 def _reach(
@@ -271,12 +270,13 @@ def _reach(
     from_start: bool = False,
 ) -> Iterator[tuple[int, Any, bool]]:
     """Go through the file once, as `_frames`: from keyframe to keyframe, or `from_start` with every picture decoded."""
-    simple = from_start or table.counted
+    simple = from_start or table.counted or stream.pix_fmt == "pal8"  # a palette is told once, before all pictures
     runs = [(-1, indices.tolist())] if simple else _runs(table, indices)
     skips = not simple and stream.codec_context.name in _DISPOSABLE
     for key, run in runs:
-        if key >= 0:
-            container.seek(table.place(key), stream=stream, backward=True)
+        if key >= 0 and not sought(container, stream, table.place(key)):
+            yield from _anew(path, table, indices[indices >= run[0]], stream.codec_context.thread_count, broken)
+            return
         since = int(table.key_pts[key]) if key > 0 else None
         wanted = {index if table.counted else int(table.pts[index]): index for index in run}
         place, damaged = 0, False
