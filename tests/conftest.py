@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
 from collections.abc import Generator
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.test_signing import Keys
+
+# compiled code has no vectors, in every process: to find out which of them the compiler knows takes 8 s of each
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 with contextlib.suppress(ModuleNotFoundError):  # `make test-gpu` runs without it, too
     from hypothesis import settings
@@ -58,12 +62,3 @@ def signed(model: Path, keys: Keys, tmp_path: Path) -> Path:
     shutil.copytree(model, tmp_path / "signed")
     assert main(["sign", str(tmp_path / "signed"), "--key", str(keys / "own.pem"), "--quiet"]) == 0
     return tmp_path / "signed"
-
-
-@pytest.fixture
-def plain_code() -> Generator[None, None, None]:
-    """Compiled code without the processor's vectors: to find out which of them the compiler knows takes 8 s."""
-    from torch._inductor import config
-
-    with config.patch({"cpp.vec_isa_ok": False}):
-        yield

@@ -312,7 +312,6 @@ def test_the_plan_knows_that_rounded_weights_are_smaller() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("plain_code")
 def test_compiled_a_layer_agrees() -> None:
     layer = _layer("nf4", ALL)
     compute_in_float8(layer)
