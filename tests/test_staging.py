@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tensorkeep.formats.safetensors import file_layout
-from tensorkeep.storage.layout import Slot
+from tensorkeep.storage.layout import FileLayout, Fixed, Slot
 from tensorkeep.training._staging import GATHERED, SCRATCH, Stage, runs
 from tensorkeep.training.saver import Keep, Saver, State, load
 from tensorkeep.training.state_files import files_of, raw
@@ -76,6 +76,34 @@ def test_small_neighbours_are_gathered_and_large_tensors_are_not() -> None:
     assert [len(run) for run in found[:3]] == [2, 1, 2 + (SCRATCH - 700) // GATHERED]
     assert found[-1] == [slots[-1]]
     assert all(sum(s.nbytes for s in run) <= SCRATCH for run in found)
+
+
+def test_neighbours_are_gathered_over_a_small_gap_that_keeps_them_aligned() -> None:
+    slots = [Slot(0, 64, "a"), Slot(128, 64, "b"), Slot(192, 4, "c"), Slot(200, 8, "d"), Slot(9216, 64, "e")]
+    names = [[slot.tensor for slot in run] for run in runs(slots, 4096)]
+    assert names == [["a", "b", "c"], ["d"], ["e"]]
+    assert [[slot.tensor for slot in run] for run in runs(slots)] == [["a"], ["b", "c"], ["d"], ["e"]]
+
+
+@needs_gpu
+def test_what_lies_between_gathered_tensors_stays_in_the_image() -> None:
+    tensors, segments, at = {}, [], 0
+    for number in range(400):
+        tensors[f"{number}.moment"] = torch.randn(number % 7 + 1, 33, device="cuda")
+        tensors[f"{number}.step"] = torch.tensor(float(number))
+        for name in (f"{number}.moment", f"{number}.step"):
+            segments.append(Fixed(at, bytes([number % 251 + 1]) * (64 + -at % 64)))
+            at += len(segments[-1].data)
+            segments.append(Slot(at, tensors[name].nbytes, name))
+            at += tensors[name].nbytes
+    layout = FileLayout("a", segments)
+    steady = frozenset(name for name in tensors if int(name.split(".")[0]) % 3)
+    stage = Stage()
+    for _ in range(2):  # again into the same memory
+        own = {name: torch.randn_like(t) for name, t in tensors.items()}
+        (found,) = stage.copy([(layout, own)], steady).wait().values()
+        (wanted,) = Stage().copy([(layout, {name: t.cpu() for name, t in own.items()})], steady).wait().values()
+        assert bytes(found) == bytes(wanted)
 
 
 @needs_gpu

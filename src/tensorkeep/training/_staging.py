@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from tensorkeep.training._pinned import PinnedPages, pinned_memory
 
 GATHERED = 1 << 20  # bytes; tensors up to this size are gathered on the device, thousands of copies become a few
 SCRATCH = 64 << 20  # bytes of device memory for one gathering
+GAP = 4096  # bytes between tensors that one gathering may span: what frames a tensor in a sharded file
+_ALIGNED = 16  # bytes: a gathering has tensors of every dtype
 SAMPLED = 64  # bytes of each copy off a device that are compared with what arrived, evenly spread
 
 
@@ -57,33 +60,36 @@ class Stage:
                 for segment in layout.segments:
                     if isinstance(segment, Fixed):
                         image[segment.start : segment.start + len(segment.data)] = segment.data
-                waits = [s for s in layout.slots if index == 0 and s.tensor not in steady]
-                leisure = [s for s in layout.slots if index != 0 or s.tensor in steady]
-                staged.at_once += self._enqueue(target, tensors, waits, staged)
-                staged.later += self._enqueue(target, tensors, leisure, staged)
+                for slot in layout.slots:  # before what is gathered around them
+                    if slot.nbytes and not tensors[slot.tensor].is_cuda:
+                        _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
+                own = [s for s in layout.slots if s.nbytes and tensors[s.tensor].is_cuda]
+                gap = GAP if len({tensors[s.tensor].device for s in own}) == 1 else 0  # one stream for all of the file
+                parts: dict[bool, list[list[Slot]]] = {True: [], False: []}
+                for (waits, _), some in groupby(
+                    own, lambda s: (not index and s.tensor not in steady, tensors[s.tensor].device)
+                ):
+                    parts[waits] += runs(list(some), gap)
+                staged.at_once += self._enqueue(target, tensors, parts[True], staged)
+                staged.later += self._enqueue(target, tensors, parts[False], staged)
         for event in staged.at_once:
             torch.cuda.current_stream().wait_event(event)
         return staged
 
     def _enqueue(
-        self, target: Tensor, tensors: Mapping[str, Tensor], slots: Sequence[Slot], staged: Staged
+        self, target: Tensor, tensors: Mapping[str, Tensor], groups: Sequence[list[Slot]], staged: Staged
     ) -> list[torch.cuda.Event]:
-        """Copy some tensors into the image; returns an event for each GPU that they are copied from."""
-        by_device: dict[torch.device, list[Slot]] = {}
-        for slot in slots:
-            if slot.nbytes:
-                by_device.setdefault(tensors[slot.tensor].device, []).append(slot)
+        """Begin to copy some tensors on GPUs into the image; returns an event for each GPU."""
+        by_device: dict[torch.device, list[list[Slot]]] = {}
+        for group in groups:
+            by_device.setdefault(tensors[group[0].tensor].device, []).append(group)
         events = []
         for device, own in by_device.items():
-            if device.type != "cuda":
-                for slot in own:
-                    _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
-                continue
             stream = self._streams.setdefault(device, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
-            staged.sources += [tensors[slot.tensor] for slot in own]
+            staged.sources += [tensors[slot.tensor] for run in own for slot in run]
             with torch.cuda.device(device), torch.cuda.stream(stream):
-                samples = [_copy_run(target, run, tensors) for run in runs(own)]
+                samples = [_copy_run(target, run, tensors) for run in own]
                 staged.samples.append(
                     Samples(target, [at for at, _ in samples], torch.cat([s for _, s in samples]), stream)
                 )
@@ -177,11 +183,17 @@ class Staged:
         return self.images
 
 
-def runs(slots: Sequence[Slot]) -> Iterator[list[Slot]]:
-    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group."""
+def runs(slots: Sequence[Slot], gap: int = 0) -> Iterator[list[Slot]]:
+    """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group.
+
+    Args:
+        slots: in the order of the file.
+        gap: bytes that may lie between neighbours.
+    """
     group: list[Slot] = []
     for slot in slots:
-        near = group and slot.start == group[-1].start + group[-1].nbytes
+        apart = slot.start - (group[-1].start + group[-1].nbytes) if group else 0
+        near = group and (not apart or (apart <= gap and (slot.start - group[0].start) % _ALIGNED == 0))
         small = slot.nbytes <= GATHERED
         if group and not (near and small and slot.start + slot.nbytes - group[0].start <= SCRATCH):
             yield group
@@ -206,6 +218,8 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
         _view(target, run[0], source).copy_(source, non_blocking=True)
         return _sample(source.contiguous().reshape(-1).view(torch.uint8), start)
     scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
+    if sum(slot.nbytes for slot in run) < end - start:  # what lies between is in the image already
+        scratch.copy_(target[start:end], non_blocking=True)
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for slot in run:
         source = tensors[slot.tensor]
