@@ -147,3 +147,12 @@ def test_a_layout_without_tensors_has_an_image_too() -> None:
     stage = Stage()
     layout = file_layout("model.safetensors", [])
     assert len(stage.copy([(layout, {})], frozenset()).wait()["model.safetensors"]) >= layout.size
+
+
+def test_fixed_bytes_are_those_of_the_layout_asked_for_last() -> None:
+    stage, values = Stage(), torch.arange(3, dtype=torch.int16)
+    for text in (b"onetwo", b"three!", b"onetwo"):
+        layout = FileLayout("a", [Fixed(0, text), Slot(6, 6, "w")])
+        for number in range(2):  # the same one again: only the tensor is copied
+            image = stage.copy([(layout, {"w": values + number})], frozenset()).wait()["a"]
+            assert bytes(image[:12]) == text + raw(values + number)

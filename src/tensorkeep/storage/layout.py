@@ -114,7 +114,7 @@ class FileLayout:
         """Whether a segment holds checksums of tensors (zips do, safetensors do not)."""
         return any(isinstance(s, Trailer) for s in self.segments)
 
-    @property
+    @cached_property
     def slots(self) -> list[Slot]:
         """The segments that take tensor data."""
         return [s for s in self.segments if isinstance(s, Slot)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 Entry = tuple[str, Any]
@@ -33,7 +32,8 @@ class Names:
         self._beside: list[Entry] = []
         self._modules: list[nn.Module] = []  # held, so that no other takes the place of one
         self._shape: list[Any] | None = None
-        self._detached: dict[str, Tensor] = {}
+        self._held = False  # whether the newest list is that of the places
+        self._detached: dict[str, tuple[Tensor, Tensor]] = {}  # whole, and this rank's part
 
     def entries(self, model: nn.Module, find: Find) -> list[Entry]:
         """List the entries of a model's state dict, with the very tensors that the modules hold.
@@ -44,7 +44,8 @@ class Names:
         """
         modules = list(_walk(model))
         shape = _shape(modules)
-        if shape == self._shape and all(key in owner for _, owner, key in self._places):
+        self._held = shape == self._shape and all(key in owner for _, owner, key in self._places)
+        if self._held:
             return [*((name, owner[key]) for name, owner, key in self._places), *self._beside]
         found = find()
         self._shape, self._detached = None, {}
@@ -55,21 +56,24 @@ class Names:
             self._beside = [entry for entry in found if not isinstance(entry[1], Tensor)]
         return found
 
+    def parameters(self) -> dict[int, str]:
+        """Name the tensors that `entries` listed last by their `id`; nothing where it had to make the list."""
+        return {id(owner[key]): name for name, owner, key in reversed(self._places)} if self._held else {}
+
     def detached(self, name: str, value: Tensor) -> Tensor:
         """Return a tensor without its gradient; of shards the same one again while they lie where they lay.
 
         Args:
             name: of the tensor.
-            value: a parameter or buffer.
+            value: a parameter or buffer; of shards the part is asked for, which costs little where gradients are off.
         """
-        local: Any = getattr(value, "to_local", None)
-        if local is None:
+        to_local: Any = getattr(value, "to_local", None)
+        if to_local is None:
             return value.detach()
-        with torch.no_grad():  # without gradients to_local costs nothing
-            known: Any = self._detached.get(name)
-            if known is None or not _same_memory(known.to_local(), local()):
-                known = self._detached[name] = value.detach()
-        return known  # type: ignore[no-any-return]
+        local, known = to_local(), self._detached.get(name)
+        if known is None or not _same_memory(known[1], local):
+            known = self._detached[name] = (value.detach(), local)
+        return known[0]
 
 
 def _walk(model: nn.Module) -> Iterator[nn.Module]:

@@ -140,7 +140,7 @@ def snapshot(
     """
     names = names or Names()
     tensors, ties = stored_tensors(job.model, job.base is not None, names)
-    optimizer, groups = optimizer_state(job.model, job.optimizer)
+    optimizer, groups = optimizer_state(job.model, job.optimizer, names.parameters())
     averages: dict[str, Tensor] = {} if job.ema is None else job.ema.state_dict()
     flow = job.data.state_at(samples) if is_flow(job.data) else None
     document = {

@@ -40,6 +40,7 @@ class Stage:
 
     def __init__(self) -> None:
         self._images: dict[str, memoryview] = {}
+        self._laid: dict[str, FileLayout] = {}  # whose fixed bytes lie in each image
         self.refused = ""  # why the newest image is not page-locked
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -57,19 +58,17 @@ class Stage:
                 image = self._image(layout, cuda=any(t.is_cuda for t in tensors.values()))
                 staged.images[layout.name] = image
                 target = torch.frombuffer(image, dtype=torch.uint8)
-                for segment in layout.segments:
-                    if isinstance(segment, Fixed):
-                        image[segment.start : segment.start + len(segment.data)] = segment.data
+                if self._laid.get(layout.name) is not layout:
+                    for segment in layout.segments:
+                        if isinstance(segment, Fixed):
+                            image[segment.start : segment.start + len(segment.data)] = segment.data
+                    self._laid[layout.name] = layout
+                place = Places(target)
                 for slot in layout.slots:  # before what is gathered around them
-                    if slot.nbytes and not tensors[slot.tensor].is_cuda:
-                        _view(target, slot, tensors[slot.tensor]).copy_(tensors[slot.tensor])
-                own = [s for s in layout.slots if s.nbytes and tensors[s.tensor].is_cuda]
-                gap = GAP if len({tensors[s.tensor].device for s in own}) == 1 else 0  # one stream for all of the file
-                parts: dict[bool, list[list[Slot]]] = {True: [], False: []}
-                for (waits, _), some in groupby(
-                    own, lambda s: (not index and s.tensor not in steady, tensors[s.tensor].device)
-                ):
-                    parts[waits] += runs(list(some), gap)
+                    source = tensors[slot.tensor]
+                    if slot.nbytes and not source.is_cuda:
+                        place.of(slot.start, source).copy_(source)
+                parts = _groups(layout.slots, tensors, frozenset(tensors) if index else steady)
                 staged.at_once += self._enqueue(target, tensors, parts[True], staged)
                 staged.later += self._enqueue(target, tensors, parts[False], staged)
         for event in staged.at_once:
@@ -105,6 +104,7 @@ class Stage:
         if room is None or len(room) < durable.padded(layout.size) or (cuda and not known):
             del room
             self._images.pop(layout.name, None)
+            self._laid.pop(layout.name, None)
             made, why = pinned_memory(layout.size) if cuda else (durable.allocate(layout.size), "")
             room, self.refused = made, why or self.refused
             self._images[layout.name] = room
@@ -120,6 +120,7 @@ class Stage:
     def close(self) -> None:
         """Give the memory back; it goes once nothing refers to it."""
         self._images.clear()
+        self._laid.clear()
 
 
 @dataclass
@@ -183,6 +184,18 @@ class Staged:
         return self.images
 
 
+def _groups(
+    slots: Sequence[Slot], tensors: Mapping[str, Tensor], steady: frozenset[str]
+) -> dict[bool, list[list[Slot]]]:
+    """Group what lies on GPUs into copies: under True what is not steady. No copy spans tensors of another one."""
+    groups: dict[bool, list[list[Slot]]] = {True: [], False: []}
+    own = [slot for slot in slots if slot.nbytes and tensors[slot.tensor].is_cuda]
+    gap = GAP if len({tensors[slot.tensor].device for slot in own}) == 1 else 0  # one stream for all of the file
+    for (waits, _), some in groupby(own, lambda s: (s.tensor not in steady, tensors[s.tensor].device)):
+        groups[waits] += runs(list(some), gap)
+    return groups
+
+
 def runs(slots: Sequence[Slot], gap: int = 0) -> Iterator[list[Slot]]:
     """Group neighbours of up to GATHERED bytes each, up to SCRATCH bytes a group; a larger tensor is its own group.
 
@@ -215,16 +228,18 @@ def _copy_run(target: Tensor, run: Sequence[Slot], tensors: Mapping[str, Tensor]
     start, end = run[0].start, run[-1].start + run[-1].nbytes
     if len(run) == 1:
         source = tensors[run[0].tensor]
-        _view(target, run[0], source).copy_(source, non_blocking=True)
+        Places(target).of(start, source).copy_(source, non_blocking=True)
         return _sample(source.contiguous().reshape(-1).view(torch.uint8), start)
-    scratch = torch.empty(end - start, dtype=torch.uint8, device=tensors[run[0].tensor].device)
+    whole = -(-(end - start) // _ALIGNED) * _ALIGNED
+    scratch = torch.empty(whole, dtype=torch.uint8, device=tensors[run[0].tensor].device)
+    place, scratch = Places(scratch), scratch[: end - start]
     if sum(slot.nbytes for slot in run) < end - start:  # what lies between is in the image already
         scratch.copy_(target[start:end], non_blocking=True)
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
     for slot in run:
         source = tensors[slot.tensor]
         into, out = by_dtype.setdefault(source.dtype, ([], []))
-        into.append(_view(scratch, Slot(slot.start - start, slot.nbytes, slot.tensor), source))
+        into.append(place.of(slot.start - start, source))
         out.append(source)
     copy_all: Callable[[list[Tensor], list[Tensor]], None] = torch._foreach_copy_
     for into, out in by_dtype.values():
@@ -251,6 +266,25 @@ def _sample(raw: Tensor, start: int) -> tuple[Tensor, Tensor]:
     return places(torch.device("cpu")) + start, raw[places(raw.device)]
 
 
-def _view(target: Tensor, slot: Slot, like: Tensor) -> Tensor:
-    """Give the place of a tensor in an image, with the tensor's own dtype and shape."""
-    return target[slot.start : slot.start + slot.nbytes].view(like.dtype).view(like.shape)
+class Places:
+    """Places of tensors in memory, with the tensors' own dtypes and shapes.
+
+    Args:
+        memory: shape (bytes,), uint8; bytes are a multiple of every dtype's size.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self._memory = memory
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def of(self, start: int, like: Tensor) -> Tensor:
+        """Give the place of a tensor like another that begins at a byte."""
+        memory = self._typed.get(like.dtype)
+        if memory is None:
+            memory = self._typed[like.dtype] = self._memory.view(like.dtype)
+        if start % like.itemsize:
+            return self._memory[start : start + like.nbytes].view(like.dtype).view(like.shape)
+        if like.is_contiguous():
+            at = memory.storage_offset() + start // like.itemsize
+            return memory.as_strided(like.shape, like.stride(), at)  # one call; slicing and viewing are three
+        return memory.narrow(0, start // like.itemsize, like.numel()).view(like.shape)

@@ -18,6 +18,7 @@ from tensorkeep.training import _sharding as sharding
 from tensorkeep.training._names import Names
 
 
+@torch.no_grad()
 def stored_tensors(
     model: nn.Module, base: bool, names: Names | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,21 +199,25 @@ def _names(model: nn.Module, optimizer: Optimizer) -> dict[int, str]:
     return names
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def optimizer_state(
+    model: nn.Module, optimizer: Optimizer, known: Mapping[int, str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Take an optimizer's state by name.
 
     Args:
         model: names the parameters.
         optimizer: over parameters of the model.
+        known: names of parameters by their `id`; where one is missing, or with None, the model is asked.
 
     Returns:
         Tensors as `parameter/slot`, not copied; and a plain document with the optimizer's class (`kind`), each group's
         hyper-parameters with the names of its parameters (`groups`), and state that is no tensor (`values`).
     """
-    names = _names(model, optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    names = known if known and all(id(p) in known for p in trained) else _names(model, optimizer)
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):  # the same order on every rank
+    for parameter in trained:  # the same order on every rank
         name = names[id(parameter)]
         for slot, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
