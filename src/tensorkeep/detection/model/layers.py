@@ -36,6 +36,7 @@ class VideoBackbone(nn.Module, ABC):
         checkpointing: which activations are kept for the backward.
         ladders: adapters beside it; None: none.
         fc_norm: a norm that its files hold and no feature map passes through; None: none.
+        by_hand: whether its frozen blocks have a backward written by hand (`Block.frozen`).
     """
 
     kind: str
@@ -43,6 +44,7 @@ class VideoBackbone(nn.Module, ABC):
     checkpointing: str
     ladders: nn.Module | None
     fc_norm: nn.Module | None
+    by_hand: bool = False
 
     @abstractmethod
     def parts(self) -> list[nn.Module]:
