@@ -58,7 +58,8 @@ class FrozenTrunk:
 
     def heads_of(self, normed: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v of `[n, L, C]`, each `[n, heads, L, d]`; views of one tensor where nothing turns them."""
-        q, k, v = self.qkv.forward(normed).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        made = self.qkv.forward(normed)  # [n, L, 3C]
+        q, k, v = made.view(*made.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return (q, k, v) if self.turn is None else (self.turn(q), self.turn(k), v)
 
     def forward(
@@ -109,7 +110,7 @@ class FrozenTrunk:
         del back, middle
         q, k, v = heads or self.heads_of(first)
         del heads, first
-        inner = self.proj.back(out).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        inner = self.proj.back(out).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         thirds = attend_backward(inner, q, k, v, done)
         del q, k, v, inner, done
         if self.turn is not None:
@@ -238,9 +239,9 @@ class _Frozen(torch.autograd.Function):
 # -- row operations: residual add, drop path and layer norm in one pass over memory -----------------------------------
 #
 # The floor of each is its bytes: with u = the bytes of one `[N, L, C]`, `add_norm` moves 4 u, `add_branch` 3 u and
-# `norm_backward` 4 u; torch's separate operations move 6 u, 3 u and 6 to 8 u. Rounding to e4m3 on the way writes half of
-# a result's bytes and reads none of them again, which a pass of its own would. The GPU kernels are in `_row_kernels`; the
-# plain torch form serves every other device and checks them.
+# `norm_backward` 4 u; torch's separate operations move 6 u, 3 u and 6 to 8 u. Rounding to e4m3 on the way writes half
+# of a result's bytes and reads none of them again, as a pass of its own would. The GPU kernels are in `_row_kernels`;
+# the plain torch form serves every other device and checks them.
 
 
 @lru_cache(maxsize=1)

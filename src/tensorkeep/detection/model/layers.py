@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BY_HAND = ("segments", "two_level", "offload")  # ways of checkpointing that run a frozen block's backward by hand
+
 
 class VideoShape(NamedTuple):
     """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w.

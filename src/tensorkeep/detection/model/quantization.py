@@ -12,7 +12,7 @@ from torch import nn
 
 from tensorkeep.detection.model.adapters import LoRALinear, QLoRAAdapter
 from tensorkeep.detection.model.config import LORA_TARGETS
-from tensorkeep.detection.model.layers import VideoBackbone
+from tensorkeep.detection.model.layers import BY_HAND, VideoBackbone
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.quantization import float8
 from tensorkeep.quantization.linear import QuantLinear
@@ -89,9 +89,6 @@ def quantize_adapters(vit: VideoBackbone, double: bool = True) -> int:
     return count
 
 
-BY_HAND = ("segments", "two_level", "offload")  # ways of checkpointing whose frozen blocks have their own backward
-
-
 def compute_in_float8(vit: VideoBackbone) -> int:
     """Let the products of a frozen backbone's linears (qkv, proj, fc1, fc2) be in float8 while it trains.
 
@@ -137,14 +134,14 @@ def compute_in_float8(vit: VideoBackbone) -> int:
 def _why_no_float8(linear: nn.Module) -> str | None:
     """Say why a linear of a trunk has no float8 products; None where it has."""
     if isinstance(linear, QuantLinear):
-        shape, kind = linear.layout.shape, linear.kind
+        shape, int8 = linear.layout.shape, linear.kind == "int8"
     elif type(linear) is nn.Linear:
-        shape, kind = (linear.out_features, linear.in_features), ""
+        shape, int8 = (linear.out_features, linear.in_features), False
     else:
         return "holds low-rank updates" if isinstance(linear, LoRALinear) else f"is a {type(linear).__name__}"
     if any(parameter.requires_grad for parameter in linear.parameters()):
         return "trains"
-    if kind == "int8":
+    if int8:
         return "is held in int8"
     odd = next((p.dtype for p in linear.parameters() if p.dtype != torch.bfloat16), None)
     if odd is not None:

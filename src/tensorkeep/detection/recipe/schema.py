@@ -15,7 +15,7 @@ from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.data.augment import AugmentConfig
 from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
-from tensorkeep.detection.model.quantization import BY_HAND
+from tensorkeep.detection.model.layers import BY_HAND
 from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.errors import TensorkeepError, near_misses
