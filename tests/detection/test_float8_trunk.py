@@ -249,7 +249,7 @@ def test_rounded_rows_are_those_of_two_passes(width: int) -> None:
         assert isinstance(made, Narrow) and isinstance(plain, Tensor)
         wanted = narrow(plain)
         assert torch.allclose(made.scale, wanted.scale, rtol=2**-7)  # torch's GELU may round the last bit otherwise
-        assert float((made.codes.view(torch.uint8) != wanted.codes.view(torch.uint8)).float().mean()) < 0.01
+        assert float((made.codes.view(torch.uint8) != wanted.codes.view(torch.uint8)).float().mean()) < 0.03
 
 
 @needs_gpu
