@@ -191,6 +191,9 @@ def fits(rows: int, columns: int) -> bool:
     Args:
         rows: of the weight.
         columns: of the weight.
+
+    Returns:
+        Whether both are multiples of 16.
     """
     return rows % _MULTIPLE == 0 and columns % _MULTIPLE == 0
 
@@ -201,6 +204,9 @@ def why_not(device: torch.device) -> str | None:
 
     Args:
         device: where they would run.
+
+    Returns:
+        The reason, or None.
     """
     if device.type == "cpu":
         return None

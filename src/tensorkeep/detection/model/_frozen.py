@@ -4,7 +4,8 @@ A frozen linear needs its weight for the backward, not its input. So nothing is 
 adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
 the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and the attention output only if not kept.
 Weights held as 4- or 8-bit codes are made numbers once a block and direction, before its pieces: 64 MB written and
-read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time.
+read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time. In float8 they are
+rounded instead, also those held as floats, and so are the rows that they are multiplied with (`_linears`).
 
 Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
 n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
