@@ -245,6 +245,12 @@ def test_rounded_rows_are_those_of_two_passes(width: int) -> None:
             (_frozen.gelu(x.clone(), True), _frozen.gelu(x.clone(), False)),
             (_frozen.gelu_backward(grad.clone(), x, True), _frozen.gelu_backward(grad.clone(), x, False)),
         ]
+        shapes = [torch.randn(3, 7, width // 8, 8, device="cuda").bfloat16() for _ in range(3)]
+        for lie in (lambda t: t.transpose(1, 2), lambda t: t.transpose(1, 2).contiguous()):
+            thirds = [lie(t) for t in shapes]
+            exact, made = narrow(_frozen.join(thirds, False)), _frozen.join(thirds, True)
+            assert isinstance(made, Narrow) and torch.equal(made.scale, exact.scale)
+            assert torch.equal(made.codes.view(torch.uint8), exact.codes.view(torch.uint8))
     for made, plain in pairs:
         assert isinstance(made, Narrow) and isinstance(plain, Tensor)
         wanted = narrow(plain)

@@ -116,7 +116,7 @@ class FrozenTrunk:
         del q, k, v, inner, done
         if self.turn is not None:
             thirds = (self.turn.back(thirds[0]), self.turn.back(thirds[1]), thirds[2])
-        joined = torch.cat([_joined(third) for third in thirds], -1)  # [n, L, 3C]
+        joined = join(thirds, self.in_float8)  # [n, L, 3C]
         del thirds
         norm_backward(self.qkv.back(joined), x, self.norm1, out, kept[0], out)
 
@@ -297,6 +297,18 @@ def gelu_backward(grad: Tensor, x: Tensor, in_float8: bool) -> Rows:
             return Narrow(*row_kernels.gelu(x, grad))
     torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
     return narrow(grad) if in_float8 else grad
+
+
+def join(thirds: Sequence[Tensor], in_float8: bool) -> Rows:
+    """Put q, k and v `[n, heads, L, d]` side by side, `[n, L, 3C]`; `in_float8`: rows are rounded to e4m3."""
+    first = thirds[0]
+    alike = all(t.is_cuda and t.stride() == first.stride() for t in thirds) and first.stride(-1) == 1
+    if in_float8 and alike and _has_triton():
+        from tensorkeep.detection.model import _row_kernels as row_kernels
+
+        return Narrow(*row_kernels.join(*thirds))
+    made = torch.cat([_joined(third) for third in thirds], -1)
+    return narrow(made) if in_float8 else made
 
 
 def add_branch(x: Tensor, branch: Tensor, kept: Tensor | None, out: Tensor) -> None:
