@@ -3,18 +3,20 @@
     python -m benchmarks.detection_step                        every size, on the GPU
     python -m benchmarks.detection_step --quantize nf4 --checkpointing segments two_level offload
     python -m benchmarks.detection_step --sizes v2_g --quantize nf4 --checkpointing offload --limit-gib 6
+    python -m benchmarks.detection_step --sizes s b l v2_g --quantize none nf4 --compute bf16 fp8
     python -m benchmarks.detection_step --sizes s --deterministic
     python -m benchmarks.detection_step --sizes s b v2_g --detectors actionformer tridet temporalmaxer causaltad
     python -m benchmarks.detection_step --tiny                 a check of the script, on any machine
 
 A step is forward, loss, backward, gradient clipping, AdamW and EMA on 768 frames of 160 x 160 a video, random data,
-frozen weights in bfloat16 or (`--quantize`) codes, trainable ones in float32 (adapters, with `--lora` low-rank updates
-of every backbone linear too), recorded once as a CUDA graph and replayed (`--eager`: launched one by one). The
-peaks are torch's, recording included: what tensors took, and what the allocator held (on a small card set
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and the second comes within a tenth of the first). `--train` runs as
-many steps on the one batch and prints losses on the way. The figures of the original (fp16, activation checkpointing,
-same batch) are constants: it needs its own environment. Prints a row a size and way of checkpointing: seconds, peak
-GiB, both ratios, and the first three losses, with `--reference` beside those of the same steps in float32.
+frozen weights in bfloat16 or (`--quantize`) codes, their products in bfloat16 or (`--compute fp8`) float8, trainable
+ones in float32 (adapters, with `--lora` low-rank updates of every backbone linear too), recorded once as a CUDA graph
+and replayed (`--eager`: launched one by one). The peaks are torch's, recording included: what tensors took, and what
+the allocator held (on a small card set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, and the second comes within a
+tenth of the first). `--train` runs as many steps on the one batch and prints losses on the way. The figures of the
+original (fp16, activation checkpointing, same batch) are constants: it needs its own environment. Prints a row a size
+and way of checkpointing: seconds, peak GiB, both ratios, and the first three losses, with `--reference` beside those of
+the same steps in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, get_args
 
 import torch
@@ -34,7 +37,7 @@ from tensorkeep.detection.model import kinds
 from tensorkeep.detection.model.config import BackboneConfig, Checkpointing, DetectorConfig, LoraConfig
 from tensorkeep.detection.model.detector import Detector, build_detector, read_detector_config
 from tensorkeep.detection.model.groups import OptimizerConfig, make_optimizer
-from tensorkeep.detection.model.quantization import quantize_backbone
+from tensorkeep.detection.model.quantization import compute_in_float8, quantize_backbone
 from tensorkeep.training._graphs import capture_step
 from tensorkeep.training.ema import Ema
 from tensorkeep.training.recipe import plain, read_section
@@ -146,6 +149,9 @@ def build(
     elif args.quantize is not None:
         assert detector.backbone is not None
         quantize_backbone(detector.backbone, args.quantize)
+    if args.compute == "fp8" and half and backbone is None:
+        assert detector.backbone is not None
+        compute_in_float8(detector.backbone)
     options = read_section(f"adatad_thumos_videomae_{size}", "optimizer", OptimizerConfig)
     options = replace(options, groups=(GroupRule("^backbone", 1e-4, 0.05),)) if args.lora else options
     return detector, make_optimizer(detector, options)
@@ -203,7 +209,7 @@ def measure(
         row |= {"finite": all(map(math.isfinite, losses)), "trained": losses[:: max(1, args.train // 20)]}
         row["last"] = statistics.fmean(losses[-10:])
     trainable = sum(p.numel() for p in detector.parameters() if p.requires_grad)
-    row |= {"quantize": args.quantize, "lora": args.lora, "trainable": trainable}
+    row |= {"quantize": args.quantize, "compute": args.compute, "lora": args.lora, "trainable": trainable}
     row["gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     row["held_gib"] = torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0
     return row, detector.backbone
@@ -215,7 +221,8 @@ def numbers(values: list[float]) -> str:
 
 def report(row: dict[str, Any], args: argparse.Namespace) -> str:
     size, seconds, gib = str(row["size"]), float(row["seconds"]), float(row["gib"])
-    line = f"{size:5} {row['kind']:13} {row['checkpointing']:9} {seconds:7.3f} s {gib:6.2f} GiB"
+    line = f"{size:5} {row['kind']:13} {row['checkpointing']:9} {row['quantize'] or 'bf16':4} {row['compute']:4}"
+    line += f" {seconds:7.3f} s {gib:6.2f} GiB"
     line += f" (held {row['held_gib']:.2f})"
     line += f"  loss {numbers(row['losses'])}"
     usual = row["kind"] == "actionformer" and (args.frames, args.side, args.batch or BATCH[size]) == (
@@ -238,7 +245,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--checkpointing", nargs="+", default=["segments"], choices=get_args(Checkpointing))
-    parser.add_argument("--quantize", choices=["nf4", "fp4", "int8"], help="codes for the frozen linears")
+    parser.add_argument(
+        "--quantize",
+        nargs="+",
+        default=["none"],
+        choices=["none", "nf4", "fp4", "int8"],
+        help="codes for the frozen linears, a row each",
+    )
+    parser.add_argument(
+        "--compute", nargs="+", default=["bf16"], choices=["bf16", "fp8"], help="products of frozen linears, a row each"
+    )
     parser.add_argument("--lora", action="store_true", help="low-rank updates of every backbone linear too")
     parser.add_argument("--batch", type=int, help="videos; otherwise as many as the original was measured with")
     parser.add_argument("--frames", type=int, default=768)
@@ -256,16 +272,17 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.use_deterministic_algorithms(args.deterministic)
-    for size in args.sizes[:1] if args.tiny else args.sizes:
-        for mode in args.checkpointing:
-            backbone: Any = None
-            for kind in args.detectors:
-                row, backbone = measure(size, mode, args, True, kind, backbone)
-                if args.reference:
-                    row["float32_losses"] = measure(size, mode, args, False, kind)[0]["losses"]
-                print(json.dumps(row) if args.json else report(row, args), flush=True)
-                if args.reference and not args.json:
-                    print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
+    sizes = args.sizes[:1] if args.tiny else args.sizes
+    for size, mode, held, compute in product(sizes, args.checkpointing, args.quantize, args.compute):
+        chosen = argparse.Namespace(**vars(args) | {"quantize": None if held == "none" else held, "compute": compute})
+        backbone: Any = None
+        for kind in args.detectors:
+            row, backbone = measure(size, mode, chosen, True, kind, backbone)
+            if args.reference:
+                row["float32_losses"] = measure(size, mode, chosen, False, kind)[0]["losses"]
+            print(json.dumps(row) if args.json else report(row, args), flush=True)
+            if args.reference and not args.json:
+                print(f"      the same step in float32: loss {numbers(row['float32_losses'])}", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,16 @@ LORA: Changes = [
     ("optimizer.groups", "[{pattern: lora_*, lr: 0.01, weight_decay: 0.05}]"),
 ]
 NONE: Changes = [("model.backbone.adapter", "null"), ("model.backbone.tuning", "none"), ("optimizer.groups", "[]")]
+# the trunk held in bf16, which fp8 products are beside; the rest of a run stays in float32
+BF16: Changes = [("model.backbone.frozen_dtype", "bfloat16"), ("model.backbone.checkpointing", "segments")]
+FP8: Changes = [*BF16, ("training.quantize_compute", "fp8")]
 VARIANTS: dict[str, Changes] = {
     "full adapter": FULL + TIA,
     "full adapter, nf4 backbone": TIA,
+    "full adapter, bf16 backbone": FULL + TIA + BF16,
+    "full adapter, bf16 backbone, fp8 products": FULL + TIA + FP8,
+    "full adapter, nf4 backbone in bf16": TIA + BF16,
+    "full adapter, nf4 backbone in bf16, fp8 products": TIA + FP8,
     "LoRA": FULL + LORA,
     "LoRA, nf4 backbone": LORA,
     "`kind: qlora` adapters": FULL,

@@ -41,6 +41,8 @@ def read(kind: str, training: dict[str, Any]) -> Any:
     from tensorkeep.detection.recipe.text import detection_recipe
 
     document = yaml.safe_load(shipped_recipe("synthetic_tiny").text)
+    if "quantize_compute" in training:
+        document["model"]["backbone"] |= {"frozen_dtype": "bfloat16", "checkpointing": "segments"}
     own = {name: value for name, value in document["training"].items() if name != "epochs"}
     return detection_recipe({**document, "training": {**own, **training}})
 

@@ -19,6 +19,7 @@ from tensorkeep.detection.data.device_decode import decoded_ahead, require_decod
 from tensorkeep.detection.data.feature_checks import check_features
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
+from tensorkeep.detection.model.quantization import compute_in_float8
 from tensorkeep.detection.recipe.schema import DetectionRecipe
 from tensorkeep.detection.recipe.text import kept_of
 from tensorkeep.detection.recipe_data import PARTS, evaluation_of, read_classes, read_clips, tell
@@ -74,6 +75,8 @@ def build(
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
     check_ranks(detector, peers=world.size > 1)
+    if recipe.training.quantize_compute == "fp8" and detector.backbone is not None:
+        remark(f"quantize_compute: {compute_in_float8(detector.backbone)} linears have products in fp8 while training")
     frames = float(recipe.data.window_size * recipe.data.scale_factor)
     on_gpu = world.device.type == "cuda"
     recorded = loop.graph or (loop.graph is None and on_gpu)  # then batches have one shape

@@ -1,4 +1,4 @@
-"""Products in float8 over 4-bit codes: numbers rounded to e4m3 with one scale a row, multiplied, scaled back.
+"""Products in float8 over frozen weights: numbers rounded to e4m3 with one scale a row, multiplied, scaled back.
 
 On NVIDIA GPUs that have such units a product is `torch._scaled_mm`; elsewhere the same rounded numbers are multiplied
 in float32. What is rounded has the same bits on both. e4m3 keeps four significant bits from 2^-6 to 448 times a row's
@@ -92,9 +92,15 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(
-    left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    left_scale: Tensor,
+    right_scale: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Multiply two matrices of e4m3 numbers and scale the result back.
+    """Multiply two matrices of e4m3 numbers, scale the result back and add a bias; the sum is rounded once.
 
     Args:
         left: [n, k].
@@ -103,15 +109,17 @@ def product(
         right_scale: [m], float32.
         dtype: of the result; bfloat16 on a GPU.
         out: [n, m] of that dtype, to be written and returned.
+        bias: [m] of that dtype, or None.
 
     Returns:
         [n, m].
     """
     if left.is_cuda and len(left):
-        given = (left, right, left_scale, right_scale[None], None, None, dtype, True)
+        given = (left, right, left_scale, right_scale[None], bias, None, dtype, True)
         return torch._scaled_mm(*given) if out is None else torch._scaled_mm(*given, out=out)
     with torch.autocast(left.device.type, enabled=False):
-        made = (left.float() @ right.float()).mul_(left_scale).mul_(right_scale).to(dtype)
+        wide = (left.float() @ right.float()).mul_(left_scale).mul_(right_scale)
+        made = (wide if bias is None else wide.add_(bias)).to(dtype)
     return made if out is None else out.copy_(made)
 
 
@@ -183,6 +191,9 @@ def fits(rows: int, columns: int) -> bool:
     Args:
         rows: of the weight.
         columns: of the weight.
+
+    Returns:
+        Whether both are multiples of 16.
     """
     return rows % _MULTIPLE == 0 and columns % _MULTIPLE == 0
 
@@ -193,6 +204,9 @@ def why_not(device: torch.device) -> str | None:
 
     Args:
         device: where they would run.
+
+    Returns:
+        The reason, or None.
     """
     if device.type == "cpu":
         return None
@@ -204,12 +218,13 @@ def why_not(device: torch.device) -> str | None:
         return f"{name} has compute capability {major}.{minor}, float8 products need 8.9"
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 64, generator=generator) for n in (32, 48))
+    bias = torch.linspace(-8, 8, 48, dtype=torch.bfloat16)
     try:
         (left, ls), (right, rs) = (_narrowed(t.to(device, torch.bfloat16)) for t in (x, w))
-        found = product(left, right.T, ls, rs[:, 0], torch.bfloat16).double().cpu()
+        found = product(left, right.T, ls, rs[:, 0], torch.bfloat16, None, bias.to(device)).double().cpu()
     except RuntimeError as error:  # torch refuses what its build or the GPU lacks so
         return f"{name} and torch {torch.__version__} refuse a float8 product: {str(error).splitlines()[0]:.160}"
-    exact = x.double() @ w.double().T
+    exact = x.double() @ w.double().T + bias.double()
     off = float((found - exact).norm() / exact.norm())
     return None if off < _NEAR else f"a float8 product tried on {name} is wrong by {off:.2g}"
 

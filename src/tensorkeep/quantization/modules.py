@@ -270,12 +270,20 @@ def compute_in_float8(model: nn.Module) -> list[str]:
     for name, layer in fit.items():
         layer.compute_in_float8()
         if name == next(iter(fit)):
-            _try_float8(name, layer)
+            try_float8(name, layer)
     return list(fit)
 
 
-def _try_float8(name: str, layer: QuantLinear) -> None:
-    """Stop where a device's kernel rounds the weight of a layer otherwise than torch does."""
+def try_float8(name: str, layer: QuantLinear) -> None:
+    """Stop where a device's kernel rounds the weight of a layer otherwise than torch does.
+
+    Args:
+        name: of the layer.
+        layer: one whose products are in float8.
+
+    Raises:
+        TensorkeepError: the bits differ.
+    """
     how, state = frozen_state(layer)
     wide = layer.dequantize()
     for turned in (False, True):

@@ -33,8 +33,8 @@ class TrainingConfig:
         clip: The largest norm of the gradient; null: any.
         ema: Decay of the averaged weights; null: no average.
         quantize_backbone: How frozen linears are held; null: as they are.
-        quantize_compute: What products of 4-bit linears with inputs and gradients are computed in while training: fp8;
-            null: as `precision` says.
+        quantize_compute: What products of frozen linears with inputs and gradients are computed in while training: fp8
+            (in a language model those of 4-bit ones); null: as `precision` says, or the dtype of a backbone.
         pretrained: Weights that a backbone starts from; null: random ones. `FILE@IDENTITY` demands what `tensorkeep
             identify` says of them.
         gradient_checkpointing: Whether each layer is computed again in the backward pass, from its input.

@@ -131,6 +131,7 @@ class Backbone(VisionTransformer):
     """
 
     kind = "internvideo2"
+    by_hand = False
 
     def make_positions(self) -> None:
         """Make class token and table of positions: learned, and in the file."""

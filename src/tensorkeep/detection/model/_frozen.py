@@ -4,7 +4,8 @@ A frozen linear needs its weight for the backward, not its input. So nothing is 
 adapter before it (and, where memory allows, the attention output), and the backward recomputes only what it reads:
 the norms, q, k, v, the sum after attention, and fc1's output; never fc2, and the attention output only if not kept.
 Weights held as 4- or 8-bit codes are made numbers once a block and direction, before its pieces: 64 MB written and
-read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time.
+read for a block of v2-g, 15 us in 5 ms, and one block's dense weights are all that exist at a time. In float8 they are
+rounded instead, also those held as floats, and so are the rows that they are multiplied with (`_linears`).
 
 Floor of one block of width C and MLP width m, for n tokens in chunks of L, at 790 TFLOP/s: forward
 n (8 C^2 + 4 C m + 4 L C) FLOPs, backward the same with 10 L C, recomputation n (8 C^2 + 2 C m). The row operations and
@@ -26,8 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensorkeep.detection.model._attention import Attended, attend, attend_backward, choose_kernel
+from tensorkeep.detection.model._linears import Linear, Narrow, Rows, narrow
 from tensorkeep.detection.model._recompute import random_state, replay, slices
 from tensorkeep.detection.model.layers import Rotation
+from tensorkeep.quantization import float8
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -38,24 +41,26 @@ class FrozenTrunk:
 
     Attributes:
         norm1, norm2: the layer norms before attention and MLP.
-        qkv, proj, fc1, fc2: weight and bias of the linears.
+        qkv, proj, fc1, fc2: the linears, ready for the pass.
         heads: of the attention.
         turn: what turns q and k by the positions of their tokens; None: nothing.
+        in_float8: whether the products of the linears are in float8.
     """
 
     norm1: nn.LayerNorm
     norm2: nn.LayerNorm
-    qkv: tuple[Tensor, Tensor]
-    proj: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, Tensor]
-    fc2: tuple[Tensor, Tensor]
+    qkv: Linear
+    proj: Linear
+    fc1: Linear
+    fc2: Linear
     heads: int
     turn: Rotation | None = None
+    in_float8: bool = False
 
-    def heads_of(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads_of(self, normed: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v of `[n, L, C]`, each `[n, heads, L, d]`; views of one tensor where nothing turns them."""
-        n, length, _ = normed.shape
-        q, k, v = F.linear(normed, *self.qkv).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        made = self.qkv.forward(normed)  # [n, L, 3C]
+        q, k, v = made.view(*made.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return (q, k, v) if self.turn is None else (self.turn(q), self.turn(k), v)
 
     def forward(
@@ -65,16 +70,18 @@ class FrozenTrunk:
 
         `kept`: drop path's factors `[n, 1, 1]` of attention and MLP. Returns the attention where `keep` asks for it.
         """
-        x, normed = add_norm(x, branch, None, self.norm1)
+        x, normed = add_norm(x, branch, None, self.norm1, self.in_float8)
         q, k, v = self.heads_of(normed)
         done = attend(q, k, v, choose_kernel(q))
         del q, k, v  # what is not read again is let go of at once: this is where the memory peaks
-        x, normed = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
+        x, normed = add_norm(x, self.proj.forward(_joined(done.out)), kept[0], self.norm2, self.in_float8)
         held = done if keep else None
         del done
-        wide = F.linear(normed, *self.fc1)
+        wide = self.fc1.forward(normed)
         del normed
-        add_branch(x, F.linear(torch.ops.aten.gelu_(wide), *self.fc2), kept[1], out)
+        inner = gelu(wide, self.in_float8)
+        del wide
+        add_branch(x, self.fc2.forward(inner), kept[1], out)
         return held
 
     def backward(
@@ -90,29 +97,28 @@ class FrozenTrunk:
 
         `done`: the attention that the forward kept, or None. `out` may be `grad`.
         """
-        x, first = add_norm(x, branch, None, self.norm1)
+        x, first = add_norm(x, branch, None, self.norm1, self.in_float8)
         heads = None
         if done is None:
             heads = self.heads_of(first)
             done = attend(*heads, choose_kernel(heads[0]))
-        middle, second = add_norm(x, F.linear(_joined(done.out), *self.proj), kept[0], self.norm2)
-        wide = F.linear(second, *self.fc1)
+        middle, second = add_norm(x, self.proj.forward(_joined(done.out)), kept[0], self.norm2, self.in_float8)
+        wide = self.fc1.forward(second)
         del second
-        back = grad @ self.fc2[0]  # [n, L, m]
-        torch.ops.aten.gelu_backward.grad_input(back, wide, grad_input=back)
+        back = gelu_backward(self.fc2.back(grad), wide, self.in_float8)  # [n, L, m]
         del wide
-        norm_backward(back @ self.fc1[0], middle, self.norm2, grad, kept[1], out)
+        norm_backward(self.fc1.back(back), middle, self.norm2, grad, kept[1], out)
         del back, middle
         q, k, v = heads or self.heads_of(first)
         del heads, first
-        inner = (out @ self.proj[0]).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        inner = self.proj.back(out).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         thirds = attend_backward(inner, q, k, v, done)
         del q, k, v, inner, done
         if self.turn is not None:
             thirds = (self.turn.back(thirds[0]), self.turn.back(thirds[1]), thirds[2])
-        joined = torch.cat([_joined(third) for third in thirds], -1)  # [n, L, 3C]
+        joined = join(thirds, self.in_float8)  # [n, L, 3C]
         del thirds
-        norm_backward(joined @ self.qkv[0], x, self.norm1, out, kept[0], out)
+        norm_backward(self.qkv.back(joined), x, self.norm1, out, kept[0], out)
 
 
 def attention_kept(width: int) -> float:
@@ -234,7 +240,8 @@ class _Frozen(torch.autograd.Function):
 # -- row operations: residual add, drop path and layer norm in one pass over memory -----------------------------------
 #
 # The floor of each is its bytes: with u = the bytes of one `[N, L, C]`, `add_norm` moves 4 u, `add_branch` 3 u and
-# `norm_backward` 4 u; torch's separate operations move 6 u, 3 u and 6 to 8 u. The GPU kernels are in `_row_kernels`;
+# `norm_backward` 4 u; torch's separate operations move 6 u, 3 u and 6 to 8 u. Rounding to e4m3 on the way writes half
+# of a result's bytes and reads none of them again, as a pass of its own would. The GPU kernels are in `_row_kernels`;
 # the plain torch form serves every other device and checks them.
 
 
@@ -249,18 +256,59 @@ def _on_gpu(*tensors: Tensor | None) -> bool:
     return all(t.is_cuda and t.is_contiguous() for t in present) and _has_triton()
 
 
-def add_norm(x: Tensor, branch: Tensor | None, kept: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Return `total = x + kept * branch` and `norm(total)`, each `[n, L, C]`; `kept [n, 1, 1]`, None: 1."""
+def add_norm(
+    x: Tensor, branch: Tensor | None, kept: Tensor | None, norm: nn.LayerNorm, in_float8: bool = False
+) -> tuple[Tensor, Rows]:
+    """Return `total = x + kept * branch` and `norm(total)`, each `[n, L, C]`; `kept [n, 1, 1]`, None: 1.
+
+    `in_float8`: the norm's rows are rounded to e4m3.
+    """
     if _on_gpu(x, branch):
         from tensorkeep.detection.model import _row_kernels as row_kernels
 
         total = x if branch is None else torch.empty_like(x)
-        normed = torch.empty_like(x)
-        row_kernels.add_norm(x, branch, kept, norm, total, normed)
-        return total, normed
+        scale = x.new_empty(x.numel() // x.shape[-1], 1, dtype=torch.float32) if in_float8 else None
+        normed = torch.empty_like(x, dtype=float8.FLOAT8 if in_float8 else None)
+        row_kernels.add_norm(x, branch, kept, norm, total, normed, scale)
+        return total, normed if scale is None else Narrow(normed, scale)
     if branch is not None:
         x = x + branch if kept is None else torch.addcmul(x, branch, kept)
-    return x, F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    normed = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    return x, narrow(normed) if in_float8 else normed
+
+
+def gelu(x: Tensor, in_float8: bool) -> Rows:
+    """Return GELU of `x [n, L, m]`, which may be overwritten; `in_float8`: its rows are rounded to e4m3."""
+    if in_float8 and _on_gpu(x):
+        from tensorkeep.detection.model import _row_kernels as row_kernels
+
+        if x.shape[-1] <= row_kernels.WIDEST:
+            return Narrow(*row_kernels.gelu(x, None))
+    made: Tensor = torch.ops.aten.gelu_(x)
+    return narrow(made) if in_float8 else made
+
+
+def gelu_backward(grad: Tensor, x: Tensor, in_float8: bool) -> Rows:
+    """Return the gradient of GELU at `x [n, L, m]`, from `grad`, which may be overwritten; rows as in `gelu`."""
+    if in_float8 and _on_gpu(grad, x):
+        from tensorkeep.detection.model import _row_kernels as row_kernels
+
+        if x.shape[-1] <= row_kernels.WIDEST:
+            return Narrow(*row_kernels.gelu(x, grad))
+    torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=grad)
+    return narrow(grad) if in_float8 else grad
+
+
+def join(thirds: Sequence[Tensor], in_float8: bool) -> Rows:
+    """Put q, k and v `[n, heads, L, d]` side by side, `[n, L, 3C]`; `in_float8`: rows are rounded to e4m3."""
+    first = thirds[0]
+    alike = all(t.is_cuda and t.stride() == first.stride() for t in thirds) and first.stride(-1) == 1
+    if in_float8 and alike and _has_triton():
+        from tensorkeep.detection.model import _row_kernels as row_kernels
+
+        return Narrow(*row_kernels.join(*thirds))
+    made = torch.cat([_joined(third) for third in thirds], -1)
+    return narrow(made) if in_float8 else made
 
 
 def add_branch(x: Tensor, branch: Tensor, kept: Tensor | None, out: Tensor) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BY_HAND = ("segments", "two_level", "offload")  # ways of checkpointing that run a frozen block's backward by hand
+
 
 class VideoShape(NamedTuple):
     """How tokens `[videos * chunks, t * h * w, C]` are laid out; tokens run over t, then h, then w.
@@ -36,6 +38,7 @@ class VideoBackbone(nn.Module, ABC):
         checkpointing: which activations are kept for the backward.
         ladders: adapters beside it; None: none.
         fc_norm: a norm that its files hold and no feature map passes through; None: none.
+        by_hand: whether its frozen blocks have a backward written by hand (`Block.frozen`).
     """
 
     kind: str
@@ -43,6 +46,7 @@ class VideoBackbone(nn.Module, ABC):
     checkpointing: str
     ladders: nn.Module | None
     fc_norm: nn.Module | None
+    by_hand: bool = False
 
     @abstractmethod
     def parts(self) -> list[nn.Module]:

@@ -23,12 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from tensorkeep.detection.model._chain import KeptInputs, run_chain
 from tensorkeep.detection.model._frozen import FrozenLink, FrozenTrunk, attention_kept, run_frozen
+from tensorkeep.detection.model._linears import opened
 from tensorkeep.detection.model._positions import PatchEmbed, resize_positions, sinusoid_table
 from tensorkeep.detection.model._recompute import AutogradLink, Link, keep_attention, part_size, run_segment
 from tensorkeep.detection.model.adapters import Ladder
 from tensorkeep.detection.model.config import Checkpointing, VitConfig
 from tensorkeep.detection.model.layers import Rotation, VideoBackbone, VideoShape, add_kept, draw_kept, normalise_frames
 from tensorkeep.errors import TensorkeepError
+from tensorkeep.quantization.frozen import in_float8
 from tensorkeep.quantization.linear import QuantLinear
 from tensorkeep.training.offload import HostStore
 
@@ -103,6 +105,7 @@ class Block(nn.Module):
         self.norm2: nn.Module = nn.LayerNorm(config.embed_dim, eps=config.eps)
         self.mlp = Mlp(config)
         self.drop_path = drop_path
+        self.in_float8 = False  # whether products of `frozen` are, in training
         self.adapter: nn.Module | None = None
 
     def trunk(self, x: Tensor, shape: VideoShape) -> Tensor:
@@ -125,15 +128,15 @@ class Block(nn.Module):
         if not plain or any(p.requires_grad or p.dtype != x.dtype for p in _trunk_parameters(self)):
             return None
         turn = self.attn.rotation(shape, x)
-        return partial(self._open, x.dtype, turn)
+        return partial(self._open, x.dtype, turn, self.in_float8 and in_float8(x.dtype))
 
-    def _open(self, dtype: torch.dtype, turn: Rotation | None) -> FrozenTrunk:
-        """Gather the weights of attention and MLP, dequantized to `dtype`."""
-        qkv, *linears = (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
-        proj, fc1, fc2 = ((_numbers(linear, dtype), linear.get_parameter("bias")) for linear in linears)
-        opened = (_numbers(qkv, dtype), self.attn.qkv_bias())
+    def _open(self, dtype: torch.dtype, turn: Rotation | None, narrow: bool) -> FrozenTrunk:
+        """Make the linears of attention and MLP ready: dequantized to `dtype`, or `narrow`, in float8."""
+        linears = (self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        proj, fc1, fc2 = (opened(linear, linear.get_parameter("bias"), dtype, narrow) for linear in linears)
+        qkv = opened(self.attn.qkv, self.attn.qkv_bias(), dtype, narrow)
         assert isinstance(self.norm1, nn.LayerNorm) and isinstance(self.norm2, nn.LayerNorm)
-        return FrozenTrunk(self.norm1, self.norm2, opened, proj, fc1, fc2, self.attn.heads, turn)
+        return FrozenTrunk(self.norm1, self.norm2, qkv, proj, fc1, fc2, self.attn.heads, turn, narrow)
 
     def branch(self, shape: VideoShape) -> Callable[[Tensor], Tensor] | None:
         """Return the function that gives what the adapter adds to all of `x [N, L, C]`; None where it has no such."""
@@ -177,6 +180,7 @@ class VisionTransformer(VideoBackbone):
     """
 
     kind = "videomae"  # its line in `detection/backbones`
+    by_hand = True
 
     def __init__(self, config: VitConfig, checkpointing: Checkpointing = "none") -> None:
         super().__init__()
@@ -313,11 +317,12 @@ class VisionTransformer(VideoBackbone):
     def _climb(self, ladder: Ladder, blocks: list[Block], x: Tensor, shape: VideoShape) -> Tensor:
         """Run the frozen blocks without gradients and keep what the ladder reads, then climb it."""
         rungs = []
-        with torch.no_grad():
-            for index, block in enumerate(blocks[: ladder.rungs[-1] + 1]):
-                x = _link(None, block, x, shape, part_size(x, 1), False)[0].forward(x)[0]
-                if index in ladder.rungs:
-                    rungs.append(x)
+        for index, block in enumerate(blocks[: ladder.rungs[-1] + 1]):
+            link = _link(None, block, x, shape, part_size(x, 1), False)[0]  # made here, it knows of training
+            with torch.no_grad():
+                x = link.forward(x)[0]
+            if index in ladder.rungs:
+                rungs.append(x)
         again = self.checkpointing != "none" and torch.is_grad_enabled()
         out: Tensor = ladder(rungs, shape, self._checkpoint if again else None)
         return out
@@ -332,11 +337,6 @@ class VisionTransformer(VideoBackbone):
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-def _numbers(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Return a linear's weight, dequantized to `dtype` where it is quantized."""
-    return linear.dequantize(dtype) if isinstance(linear, QuantLinear) else linear.get_parameter("weight")
 
 
 def _link(

@@ -13,8 +13,9 @@ from typing import Literal
 
 from tensorkeep.detection.backbones import backbone_module
 from tensorkeep.detection.data.augment import AugmentConfig
-from tensorkeep.detection.model.config import DetectorConfig
+from tensorkeep.detection.model.config import BackboneConfig, DetectorConfig
 from tensorkeep.detection.model.groups import OptimizerConfig
+from tensorkeep.detection.model.layers import BY_HAND
 from tensorkeep.detection.results.nms import Suppression
 from tensorkeep.detection.results.protocols import PROTOCOLS
 from tensorkeep.errors import TensorkeepError, near_misses
@@ -27,7 +28,6 @@ REFUSED = {
     "kept": "model.backbone.checkpointing says what a backbone keeps",
     "memory_limit_gib": "model.backbone.checkpointing says what a backbone keeps, and where",
     "memory": "model.backbone.checkpointing says what a backbone keeps, and where",
-    "quantize_compute": "float8 products were measured on language models only",
 }
 Range = tuple[float, float]
 
@@ -326,7 +326,7 @@ class DetectionRecipe:
             what = f"data.inputs is {data.inputs}, but the model has {'no' if backbone is None else 'a'} backbone"
             raise TensorkeepError(what, where="model", hint="video needs model.backbone, features need none")
         if backbone is None:
-            if self.training.quantize_backbone or self.training.pretrained:
+            if self.training.quantize_backbone or self.training.quantize_compute or self.training.pretrained:
                 raise TensorkeepError("there is no backbone to load or to quantize", where="training")
             return
         if getattr(self.model.projection, "per_file", ()):
@@ -350,6 +350,33 @@ class DetectionRecipe:
         if self.training.parallel == "fsdp" and backbone.checkpointing not in whole:
             what = f"checkpointing {backbone.checkpointing} does not go with shards of the model"
             raise TensorkeepError(what, where="training.parallel", hint=f"one of {', '.join(whole)}; or parallel: ddp")
+        self._check_float8(backbone)
         if self.training.quantize_backbone and backbone.tuning == "all":
             hint = "freeze it (tuning: adapter), or leave quantize_backbone out"
             raise TensorkeepError("a backbone that trains cannot be quantized", where="training", hint=hint)
+
+    def _check_float8(self, backbone: BackboneConfig) -> None:
+        """Refuse float8 products where no linear could have them, or where nothing of them was tried."""
+        training, ladder = self.training, backbone.adapter is not None and backbone.adapter.kind == "ladder"
+        by_hand = backbone_module(backbone.kind).Backbone.by_hand
+        wrong = {
+            (f"blocks of {backbone.kind} have no backward in float8", "kind: videomae"): not by_hand,
+            ("only frozen linears have float8 products", "tuning: adapter"): backbone.tuning == "all",
+            ("linears under low-rank updates have none", "adapters in place of lora"): backbone.lora is not None,
+            ("int8 codes have no float8 products", "quantize_backbone: nf4"): training.quantize_backbone == "int8",
+            ("sharded weights have no float8 products", "parallel: ddp"): training.parallel == "fsdp",
+            ("float8 products are not compiled", "compile: false"): training.compile,
+            (
+                f"the rest of the backbone is computed in bf16, not {backbone.frozen_dtype}",
+                "model.backbone.frozen_dtype: bfloat16",
+            ): backbone.frozen_dtype != "bfloat16",
+            (
+                f"checkpointing {backbone.checkpointing} has no backward in float8",
+                f"model.backbone.checkpointing: {', '.join(BY_HAND[:-1])} or {BY_HAND[-1]}",
+            ): not ladder and backbone.checkpointing not in BY_HAND,
+        }
+        found = next((said for said, here in wrong.items() if here), None)
+        if training.quantize_compute is not None and found is not None:
+            what, instead = found
+            hint = f"{instead}, or leave quantize_compute out"
+            raise TensorkeepError(what, where="training.quantize_compute", hint=hint)
