@@ -284,6 +284,6 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
         frames, there = frames + len(grid.frames), there + count
         if size:
             measured, covered = measured + size * len(grid.frames), covered + len(grid.frames)
-    whole = measured / max(covered, 1) * frames / 2**30
-    part = there / max(frames, 1)
-    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {whole:.3g} GiB of {kept.gib:g}"
+    whole, part = measured / max(covered, 1) * frames, there / max(frames, 1)
+    taken = f"{whole / 2**30:.1f} GiB" if whole >= 2**30 else f"{whole / 2**20:.3g} MiB"
+    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB"

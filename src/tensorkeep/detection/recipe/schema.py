@@ -134,7 +134,7 @@ class DataConfig:
     broken: Literal["error", "skip", "keep", "fatal"] = "error"
     decode: Literal["cpu", "gpu"] = "cpu"
     cache: str | None = None
-    cache_gib: float = 100
+    cache_gib: float = 100.0
     feature_layout: Literal["tc", "ct"] = "tc"
     feature_key: str | None = None
     feature_channels: tuple[int, int] | None = None
