@@ -29,9 +29,10 @@ from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import WindowConfig
 from tensorkeep.detection.data.video import decode
 from tensorkeep.detection.data.windows import make_window, resized_frames
-from tensorkeep.detection.job import build
+from tensorkeep.detection.job import build, check
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import saver as checkpoint
+from tensorkeep.training.batches import Stream, batches
 from tests.detection import runs
 
 from .films import film, picture, torn
@@ -567,6 +568,25 @@ def test_what_is_kept_and_that_no_more_is_are_said_once(data: Path, tmp_path: Pa
     runs.fit(job, tmp_path / "run", loop)
     said = [line for line in lines if "cache" in line]
     assert len(said) == 2 and "0% of" in said[0] and "is full (data.cache_gib" in said[1]
+
+
+def test_a_check_says_what_will_be_kept_and_makes_nothing(data: Path, tmp_path: Path) -> None:
+    made = runs.recipe(data, data__cache=str(tmp_path / "cache"))
+    found = check(made)
+    assert found.cache.startswith("0% of ") and found.document()["cache"] == found.cache
+    assert not (tmp_path / "cache").exists() and "cache" not in check(runs.recipe(data)).document()
+
+
+def test_clips_that_are_cut_for_a_gpu_are_the_same_from_other_processes(data: Path, tmp_path: Path) -> None:
+    job, _ = build(runs.recipe(data, data__augment__crop="resized", data__cache=str(tmp_path / "c")), tmp_path / "run")
+    uncut = replace(job.data, uncut=True)  # type: ignore[type-var]
+    made = [
+        [part[0] for part in batches(uncut, list, Stream(0, len(uncut)), 0, 8, 1, 1, workers=workers)]
+        for workers in (0, 1, 1)
+    ]
+    for one, *others in zip(*made, strict=True):
+        assert all(torch.equal(one[0]["inputs"].frames, other[0]["inputs"].frames) for other in others)
+        assert all(other[0]["inputs"].frames.is_contiguous() for other in others)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tensorkeep.detection.data.clips import Clips, kept_parts, most_segments
 from tensorkeep.detection.data.device_augment import augment_batch
 from tensorkeep.detection.data.device_decode import decoded_ahead, require_decoder
 from tensorkeep.detection.data.feature_checks import check_features
-from tensorkeep.detection.data.frame_cache import describe, open_cache
+from tensorkeep.detection.data.frame_cache import FrameCache, describe, open_cache
 from tensorkeep.detection.inference import MeanAveragePrecision
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
@@ -127,8 +128,7 @@ def with_kept_frames(
     kept = distributed.together(world, lambda: open_cache(folder, gib))
     clips, tested = replace(clips, kept=kept), replace(evaluate.clips, kept=kept)
     if world.first:
-        parts = [*kept_parts(clips), *kept_parts(tested)]
-        remark(f"data.cache: {describe(kept, parts)}")
+        remark(f"data.cache: {describe(kept, chain(kept_parts(clips), kept_parts(tested)))}")
     return clips, replace(evaluate, clips=tested)
 
 
@@ -198,7 +198,11 @@ def check(
     parts = [read_clips(lenient, part, classes, remark, progress, None) for part in PARTS]
     for part, clips in zip(PARTS, parts, strict=True):
         tell(list(check_features(clips, progress)), part, remark)
-    return check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
+    found = check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
+    if recipe.data.cache is None:
+        return found
+    kept = FrameCache(Path(recipe.data.cache), recipe.data.cache_gib)  # which is not made
+    return found._replace(cache=describe(kept, chain.from_iterable(map(kept_parts, parts))))
 
 
 def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:
