@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -475,6 +476,34 @@ def test_an_empty_folder_becomes_a_cache_and_opens_again(tmp_path: Path) -> None
             kept = open_cache(folder, 3)
         assert [p.name for p in folder.iterdir()] == [MARKER]
         assert pickle.loads(pickle.dumps(kept)).folder == folder
+
+
+def test_processes_that_open_a_new_folder_and_keep_frames_at_once_agree(path: Path, tmp_path: Path) -> None:
+    """Temporary names of one come and go while another looks at the folder."""
+    right = decode(path, GRID.frames, size=SIDE)
+
+    def work(folder: Path, number: int) -> None:
+        kept = open_cache(folder, 1)
+        for k in range(30):
+            kept._seen = (0.0, 0.0, 0)
+            got, _, _ = Asked(path).through(kept, GRID.frames, Grid(GRID.frames, f"{number} {k}"))
+            assert torch.equal(got, right) and kept.stopped == ""
+
+    for attempt in range(2):
+        pids = []
+        for number in range(4):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    work(tmp_path / f"cache{attempt}", number)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(3)
+                os._exit(0)
+            pids.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+        left = [p.name for p in (tmp_path / f"cache{attempt}").iterdir() if p.suffix != ".frames"]
+        assert left == [MARKER] and len(films_of(tmp_path / f"cache{attempt}")) == 120
 
 
 def test_how_much_is_there_is_said(path: Path, kept: FrameCache) -> None:

@@ -260,8 +260,12 @@ def _versions() -> list[Any]:
 
 def _bytes_in(folder: Path) -> int:
     """Return how much of the disk the files of a folder take."""
+    found = 0
     with os.scandir(folder) as entries:
-        return sum(512 * entry.stat(follow_symlinks=False).st_blocks for entry in entries)
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # a temporary name of another process, gone since
+                found += 512 * entry.stat(follow_symlinks=False).st_blocks
+    return found
 
 
 def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
