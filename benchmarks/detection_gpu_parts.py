@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.detection_gpu_watch import LIGHT, Bench, Held, Utilisation, Watch, apart, loud, plain, same, short
+from tensorkeep.detection.data.clips import kept_parts
+from tensorkeep.detection.data.frame_cache import describe, open_cache
 from tensorkeep.detection.job import build
 from tensorkeep.detection.recipe.schema import DetectionRecipe
+from tensorkeep.detection.recipe_data import read_classes, read_clips
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import distributed, metrics
 from tensorkeep.training import loop as train
@@ -75,6 +78,58 @@ def busy(bench: Bench) -> None:
 
     bench.attempt(full)
     bench.attempt(light)
+
+
+# -- cached -----------------------------------------------------------------------------------------------------------
+
+
+def cached(bench: Bench) -> None:
+    """How busy one GPU is once the frames of decoded video are kept in `data.cache`."""
+    folder = bench.scratch / "cache"
+    workers = 2 if bench.tiny else int(min(max(2, (os.cpu_count() or 2) - 5), CORES))
+    bench.tell(workers=workers, cores=os.cpu_count(), torch=torch.__version__, disk=_disk(bench.scratch))
+    changes = [("data.cache", str(folder)), ("data.cache_gib", "16"), ("training.workers", str(workers))]
+    said: list[str] = []
+
+    def busy_after_the_first_epochs() -> None:
+        made, place, world = bench.recipe(*changes), bench.scratch / "cached", World(device=bench.device)
+        job, loop = build(made, place, world, said.append)
+        epoch = len(job.data) / loop.batch  # updates
+        updates = bench.steps(int(12 * epoch) + 420, int(6 * epoch))
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with Utilisation() as driver, Watch(bench.device, 55) as watch:
+            fit(plain(job), place, short(loop, updates, save_every=max(2, updates // 6)), world=world, say=loud())
+        fills = int(
+            (2 if bench.tiny else 6) * epoch
+        )  # windows are drawn: what one epoch shows is not all that there is
+        found = watch.figures(fills) | {"skipped": fills, "epoch": epoch, "driver_percent": driver.mean(0.5)}
+        frames = made.data.window_size * made.data.scale_factor * loop.batch
+        first = watch.host[: max(2, int(epoch))]
+        found |= {"first_epoch_seconds_an_update": (first[-1] - first[0]) / (len(first) - 1)}
+        bench.tell(cached=found | {"frames_a_second": frames / found["seconds_an_update"]})
+
+    def one_process() -> None:
+        plainly = bench.recipe()
+        made = read_clips(plainly, "train", read_classes(plainly))
+        for name, kept in (("decodes", None), ("reads", open_cache(folder, 16))):
+            data = replace(made, uncut=True, kept=kept)
+            began, frames, k = time.perf_counter(), 0, 0
+            while k < len(data) and time.perf_counter() - began < 3:
+                frames += len(data.sample(k, torch.Generator().manual_seed(k))["inputs"].frames)
+                k += 1
+            bench.tell(**{f"one_process_{name}": round(frames / (time.perf_counter() - began))})
+        bench.tell(kept=describe(open_cache(folder, 16), kept_parts(made)))
+
+    bench.attempt(busy_after_the_first_epochs)
+    bench.tell(said=[line for line in said if "cache" in line])
+    bench.attempt(one_process)
+
+
+def _disk(place: Path) -> str:
+    """Where the cache lies: file system and free space."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", str(place)], capture_output=True, text=True).stdout.strip()
+    return f"{kind}, {shutil.disk_usage(place).free / 2**30:.0f} GiB free"
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
@@ -456,7 +511,7 @@ def language(bench: Bench) -> None:
     distributed.stop()
 
 
-PARTS = {"busy": busy, "resume": resume, "killed": killed, "scaling": scaling, "sharded": sharded}
+PARTS = {"busy": busy, "cached": cached, "resume": resume, "killed": killed, "scaling": scaling, "sharded": sharded}
 PARTS |= {"language": language}
 
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from tensorkeep import cli
-from tensorkeep.detection.data.clips import _END, Clips
+from tensorkeep.detection.data.clips import Clips
+from tensorkeep.detection.data.file_ends import _END, digest_of_ends
 from tests.detection.runs import dataset, document
 from tests.test_older_versions import DATA
 
@@ -123,17 +124,15 @@ def test_the_hint_of_a_refusal_is_enough(run: Path, capsys: pytest.CaptureFixtur
 
 
 def test_of_a_file_size_and_both_ends_count_and_of_many_none(tmp_path: Path) -> None:
-    from tensorkeep.detection.data.clips import _ends
-
     (tmp_path / "a").write_bytes(bytes(3 * _END))
-    whole = _ends([tmp_path / "a"])
+    whole = digest_of_ends([tmp_path / "a"])
     for at, seen in ((0, True), (_END - 1, True), (3 * _END - 1, True), (_END + 5, False)):
         held = bytearray(3 * _END)
         held[at] = 1
         (tmp_path / "b").write_bytes(held)
-        assert (_ends([tmp_path / "b"]) != whole) is seen
+        assert (digest_of_ends([tmp_path / "b"]) != whole) is seen
     (tmp_path / "b").write_bytes(bytes(3 * _END + 1))
-    assert _ends([tmp_path / "b"]) != whole != _ends([tmp_path / "nothing"])
+    assert digest_of_ends([tmp_path / "b"]) != whole != digest_of_ends([tmp_path / "nothing"])
 
 
 def test_a_checkpoint_of_before_has_no_such_digests_and_goes_on(

@@ -124,6 +124,8 @@ def recipes(draw: st.DrawFn) -> DetectionRecipe:
         crop_size=augment.size if augment else draw(counts),
         augment=augment,
         broken=draw(st.sampled_from(["error", "skip", "keep"])),
+        cache=draw(st.sampled_from([None, "kept/frames"])) if video else None,
+        cache_gib=draw(rates.filter(bool)),
         feature_layout=draw(st.sampled_from(["tc", "ct"])),
         feature_channels=draw(optional(st.tuples(st.integers(), st.integers()))),
     )

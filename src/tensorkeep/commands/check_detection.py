@@ -53,6 +53,8 @@ def check_detection(recipe: Path, /, *changes: Changes, say: Say = Say()) -> int
         ]
         columns = ["points of the pyramid", "steps to an action's ends", "points that learn in an epoch"]
         printer.table(columns, rows, right=columns[1:])
+    if found.cache:
+        printer.line(f"data.cache: {found.cache}")
     for line in files:
         printer.line(line)
     for problem in found.problems:

@@ -77,9 +77,14 @@ def positives_of(batch: Mapping[str, Any]) -> float:
     return float(batch["positives"])
 
 
-def telling(remark: Callable[[str], None]) -> Callable[[Mapping[str, Any]], float]:
-    """Return `positives_of` for a run: what its samples were made in spite of goes to `remark`, each thing once."""
-    told = Told("train", remark)
+def telling(remark: Callable[[str], None], notes: set[str]) -> Callable[[Mapping[str, Any]], float]:
+    """Return `positives_of` for a run: what its samples were made in spite of goes to `remark`, each thing once.
+
+    Args:
+        remark: gets the lines.
+        notes: what was told of the run itself.
+    """
+    told = Told("train", remark, notes=notes)
 
     def count(batch: Mapping[str, Any]) -> float:
         told(batch["meta"])

@@ -40,6 +40,7 @@ class Checked(NamedTuple):
         actions: how many they show.
         lost: how many of these no point can learn.
         levels: expected points of an epoch that learn an action, for each level of the pyramid.
+        cache: what decoded frames that are kept take, and how many are; "" where none are.
     """
 
     problems: tuple[Problem, ...]
@@ -47,6 +48,7 @@ class Checked(NamedTuple):
     actions: int
     lost: int
     levels: tuple[float, ...]
+    cache: str = ""
 
     def document(self) -> dict[str, Any]:
         """Return the same as plain lists and dicts, for JSON."""
@@ -56,6 +58,7 @@ class Checked(NamedTuple):
             "actions_that_nothing_can_learn": self.lost,
             "expected_positives": list(self.levels),
             "problems": [problem._asdict() for problem in self.problems],
+            **({"cache": self.cache} if self.cache else {}),
         }
 
 

@@ -286,7 +286,7 @@ class MeanAveragePrecision:
         """Return the detections of all ranks by video and, where `loss` is set, sums of the losses and positives."""
         own = range(self.world.rank, len(self.clips.items), self.world.size)
         losses: list[list[float]] = []
-        told = Told("test", self.remark)
+        told = Told("test", self.remark, notes=self.clips.notes)
 
         def add(predictions: Predictions, made: Mapping[str, Any]) -> None:
             told(made["meta"])

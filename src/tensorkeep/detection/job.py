@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from tensorkeep.detection._training import Collate, DetectionLoss, Normalizer, launched, refuse_split, telling
 from tensorkeep.detection.check import Checked, check_training, refuse_untrainable, unusable_annotations
 from tensorkeep.detection.data.annotations import Annotations, read_annotations
-from tensorkeep.detection.data.clips import Clips, most_segments
+from tensorkeep.detection.data.clips import Clips, kept_parts, most_segments
 from tensorkeep.detection.data.device_augment import augment_batch
 from tensorkeep.detection.data.device_decode import decoded_ahead, require_decoder
 from tensorkeep.detection.data.feature_checks import check_features
+from tensorkeep.detection.data.frame_cache import FrameCache, describe, open_cache
+from tensorkeep.detection.inference import MeanAveragePrecision
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
 from tensorkeep.detection.model.quantization import compute_in_float8
@@ -28,8 +31,8 @@ from tensorkeep.output import Output
 from tensorkeep.quantization.modules import check_ranks
 from tensorkeep.storage import run_folder
 from tensorkeep.storage.files import Progress
+from tensorkeep.training import distributed, trackers
 from tensorkeep.training import job as training_job
-from tensorkeep.training import trackers
 from tensorkeep.training.batches import parts_of
 from tensorkeep.training.distributed import World
 from tensorkeep.training.ema import Ema
@@ -73,6 +76,7 @@ def build(
     if not recipe.data.floor_frames and recipe.data.mode != "resized":
         remark("note: floor_frames: false is not carried out: annotated seconds become whole frames")
     evaluate = evaluation_of(recipe, classes, world, lambda: autocast(loop, world), remark)
+    clips, evaluate = with_kept_frames(recipe, clips, evaluate, world, remark)
     detector, base = make_detector(recipe, Path(run), world, remark)
     check_ranks(detector, peers=world.size > 1)
     if recipe.training.quantize_compute == "fp8" and detector.backbone is not None:
@@ -86,7 +90,7 @@ def build(
         data=clips,
         collate=Collate(recipe.model, most_segments(clips) if recorded else None),
         loss=DetectionLoss(detector),
-        count=telling(remark),
+        count=telling(remark, clips.notes),
         divisor=Normalizer(detector),
         schedule=schedule_of(recipe.schedule, recipe.training, len(clips)),
         evaluate=evaluate,
@@ -101,6 +105,34 @@ def build(
     )
     job = augmented_on_device(job, recipe) if on_gpu else job
     return decoded_on_device(job, recipe, world.device) if recipe.data.decode == "gpu" else job, loop
+
+
+def with_kept_frames(
+    recipe: DetectionRecipe, clips: Clips, evaluate: MeanAveragePrecision, world: World, remark: Remark
+) -> tuple[Clips, MeanAveragePrecision]:
+    """Let training and its evaluations keep decoded frames in the recipe's `data.cache`, and take them from there.
+
+    Args:
+        recipe: where it names no folder, nothing changes.
+        clips: the training data.
+        evaluate: the evaluation.
+        world: every process must call this.
+        remark: gets a line on how many frames are there, and what all of them take.
+
+    Returns:
+        The data and the evaluation; their samples are the same.
+
+    Raises:
+        TensorkeepError: The folder holds other things, or cannot be made.
+    """
+    folder, gib = recipe.data.cache, recipe.data.cache_gib
+    if folder is None:
+        return clips, evaluate
+    kept = distributed.together(world, lambda: open_cache(folder, gib))
+    clips, tested = replace(clips, kept=kept), replace(evaluate.clips, kept=kept)
+    if world.first:
+        remark(f"data.cache: {describe(kept, chain(kept_parts(clips), kept_parts(tested)))}")
+    return clips, replace(evaluate, clips=tested)
 
 
 def augmented_on_device(job: Job, recipe: DetectionRecipe) -> Job:
@@ -169,7 +201,11 @@ def check(
     parts = [read_clips(lenient, part, classes, remark, progress, None) for part in PARTS]
     for part, clips in zip(PARTS, parts, strict=True):
         tell(list(check_features(clips, progress)), part, remark)
-    return check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
+    found = check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
+    if recipe.data.cache is None:
+        return found
+    kept = FrameCache(Path(recipe.data.cache), recipe.data.cache_gib)  # which is not made
+    return found._replace(cache=describe(kept, chain.from_iterable(map(kept_parts, parts))))
 
 
 def _asked(recipe: DetectionRecipe) -> tuple[Annotations, tuple[str, ...]]:

@@ -47,6 +47,9 @@ def dead_names(folder: Path) -> list[Path]:
 
     Args:
         folder: the folder; where it is none, or a writer may be at work in it, the list is empty.
+
+    Returns:
+        Their paths.
     """
     handle = _locked(folder, fcntl.LOCK_EX, 1)
     if handle is None:

@@ -173,7 +173,7 @@ def _put_in_place(temporary: Path, final: Path, overwrite: bool, kind: Kind | No
     if temporary.is_dir():
         temporary.rename(final)  # refuses a folder that is not empty, replaces an empty one
         return lambda: _rename(final, temporary)
-    _link(temporary, final)
+    put_new(temporary, final)
     return final.unlink
 
 
@@ -181,8 +181,16 @@ def _rename(one: Path, other: Path) -> None:
     one.rename(other)
 
 
-def _link(temporary: Path, final: Path) -> None:
-    """Give a file its final name, which must be free."""
+def put_new(temporary: Path, final: Path) -> None:
+    """Give a file its final name, which must be free.
+
+    Args:
+        temporary: the file.
+        final: its name to be, on the same file system.
+
+    Raises:
+        OSError: as the system gives it; FileExistsError where the name is taken.
+    """
     try:
         os.link(temporary, final)  # link refuses a name that is taken; rename would replace it
     except OSError as error:

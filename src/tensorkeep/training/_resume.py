@@ -51,6 +51,8 @@ FREE = (
     "graph$",
     "deterministic$",
     "watchdog$",
+    "^data.cache$",
+    "^data.cache_gib$",
 )
 LENGTH = ("updates", "epochs")  # names under which a longer run is allowed
 

@@ -15,13 +15,10 @@ are uint8 frames `[3, T, H, W]` or float features `[C, T]`; a mask marks the gri
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -36,10 +33,13 @@ from tensorkeep.detection.data.augment import augment, centre_crop, draw_augment
 from tensorkeep.detection.data.device_augment import Uncut, cut_out
 from tensorkeep.detection.data.feature_files import file_of
 from tensorkeep.detection.data.features import read_side_by_side
+from tensorkeep.detection.data.file_ends import digest_of_ends
+from tensorkeep.detection.data.frame_cache import FrameCache, Grid, cached_frames
 from tensorkeep.detection.data.item import Item, frame_positions, resized_positions
 from tensorkeep.detection.data.problems import Problem, done
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader, WindowConfig
-from tensorkeep.detection.data.video import decode, fitted
+from tensorkeep.detection.data.sizes import fitted
+from tensorkeep.detection.data.video import decode
 from tensorkeep.detection.data.windows import (
     Window,
     clip_to_window,
@@ -52,7 +52,7 @@ from tensorkeep.detection.model.resize import linear_resize
 from tensorkeep.errors import TensorkeepError
 
 _TRIES = 200  # places tried for a random window, as in OpenTAD
-_NAMED, _END = 1000, 1 << 16  # most videos with digests of their own; bytes at each end of a file that count
+_NAMED = 1000  # most videos with digests of their own
 
 
 class Place(NamedTuple):
@@ -72,6 +72,7 @@ class Clips:
 
     `uncut`: the inputs of training samples are `device_augment.Uncut`, for the device to augment.
     `asks`: they are `asking.Asked`, for the device to decode first.
+    `kept`: where decoded frames are kept, which changes no sample.
     """
 
     items: tuple[Item, ...]
@@ -80,6 +81,7 @@ class Clips:
     places: tuple[Place, ...] = field(repr=False)
     uncut: bool = False
     asks: bool = False
+    kept: FrameCache | None = None
 
     def __len__(self) -> int:
         return len(self.places)
@@ -130,6 +132,8 @@ class Clips:
             "window_size": config.window_size,
             "problems": [done(problem) for problem in problems],
         }
+        if self.kept is not None and self.kept.stopped:
+            meta["note"] = self.kept.stopped
         return {
             "inputs": inputs,
             "mask": mask,
@@ -149,6 +153,11 @@ class Clips:
         text = json.dumps([asdict(self.window), settings, rows, self.places], sort_keys=True)
         return xxhash.xxh3_128_hexdigest(text.encode())
 
+    @property
+    def notes(self) -> set[str]:
+        """What a run's output says of the run itself already; of all its data the same set."""
+        return set() if self.kept is None else self.kept.said
+
     @cached_property
     def digests(self) -> dict[str, str]:
         """Digests that name what changed, of each video's ground truth and of its file; none of over 1,000 videos.
@@ -159,7 +168,11 @@ class Clips:
         if len(self.items) > _NAMED:
             return {}
         truth = {f"{i.name} (annotations)": xxhash.xxh3_128_hexdigest(json.dumps(_row(i)).encode()) for i in self.items}
-        return {"": "clips 1"} | truth | {i.name: _ends([i.path, *i.beside]) for i in self.items}
+        return (
+            {"": "clips 1"}
+            | truth
+            | {i.name: digest_of_ends([file_of(each) for each in (i.path, *i.beside)]) for i in self.items}
+        )
 
     def _cut(
         self, item: Item, place: Place, generator: torch.Generator
@@ -184,18 +197,6 @@ def _row(item: Item) -> list[Any]:
     """Return what an item's sample is made of beside its file."""
     row = [item.name, item.frames, item.duration, item.size, item.steps, item.segments.tolist(), item.labels.tolist()]
     return row + ([] if item.times is None else [item.times.tolist()]) + ([item.counted] if item.counted else [])
-
-
-def _ends(paths: Sequence[str | Path]) -> str:
-    """Return a digest of the size and both ends of files; whoever reads one that cannot be read says so."""
-    state = xxhash.xxh3_128()
-    for path in paths:
-        with contextlib.suppress(OSError), file_of(path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            state.update(size.to_bytes(8, "little") + file.read(_END))
-            file.seek(max(size - _END, 0))
-            state.update(file.read(_END))
-    return state.hexdigest()
 
 
 def make_clips(items: Sequence[Item], window: WindowConfig, reader: VideoReader | FeatureReader) -> Clips:
@@ -304,7 +305,7 @@ def _read(
             return linear_resize(features, length)
         return F.pad(features, (0, length - features.shape[1]))
     indices = resized_frames(item.frames, length, config.scale_factor) if cut is None else cut.frames
-    side = reader.size if reader.augment is None else reader.augment.short_side
+    side = reader.short_side
     broken: Literal["keep", "error"] = "keep" if reader.broken == "keep" else "error"
     if clips.asks:
         asked = ask(item.path, indices, lambda height, width: fitted(height, width, side))
@@ -312,7 +313,15 @@ def _read(
             drawn = None if reader.augment is None else draw_augmentation(reader.augment, *asked.size, generator)
             return asked._replace(broken=broken, drawn=drawn, side=reader.size)
         problems.append(Problem("info", "decoded on a CPU", item.name, f"decoded on a CPU: {asked}"))
-    frames = decode(item.path, indices, size=side, threads=reader.threads, problems=problems, broken=broken)
+
+    def fetch(numbers: NDArray[np.int64], odd: list[Problem], stored: set[tuple[int, int]] | None = None) -> Tensor:
+        how: dict[str, Any] = {"size": side, "threads": reader.threads, "problems": odd, "broken": broken}
+        return decode(item.path, numbers, stored=stored, **how)
+
+    if clips.kept is None:
+        frames = fetch(indices, problems)
+    else:
+        frames = cached_frames(clips.kept, item.path, grid_of(item, config), indices, side, fetch, problems)
     if reader.augment is None:
         frames = centre_crop(frames, reader.size)
         if clips.uncut:
@@ -323,6 +332,31 @@ def _read(
             return cut_out(frames, drawn)
         frames = augment(frames, drawn, reader.augment.size)
     return frames.transpose(0, 1).contiguous()  # [3, T, H, W]
+
+
+def grid_of(item: Item, window: WindowConfig) -> Grid:
+    """Return the frames of a video that its samples can show.
+
+    Args:
+        item: a video.
+        window: how windows are placed.
+    """
+    if window.method == "resize":
+        shown = resized_frames(item.frames, window.window_size, window.scale_factor)
+        return Grid(np.unique(shown), f"{window.window_size} x {window.scale_factor} of {item.frames}")
+    apart = window.snippet_stride // window.scale_factor
+    return Grid(np.arange(0, item.frames, apart), f"every {apart} of {item.frames}")
+
+
+def kept_parts(clips: Clips) -> Iterator[tuple[str, Grid, int]]:
+    """Give path, grid and pictures' side of each video of a data set.
+
+    Args:
+        clips: the data set, of videos.
+    """
+    assert isinstance(clips.reader, VideoReader)
+    for item in clips.items:
+        yield item.path, grid_of(item, clips.window), clips.reader.short_side
 
 
 def _nothing(clips: Clips) -> Tensor | Uncut:

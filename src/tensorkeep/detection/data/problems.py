@@ -38,15 +38,20 @@ class Told:
         part: of the data, which begins each line.
         remark: gets the lines.
         before: what was told.
+        notes: what was told of the run itself (`meta["note"]`), each once, whatever else was.
     """
 
     part: str
     remark: Callable[[str], None]
     before: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
 
     def __call__(self, metas: Iterable[Mapping[str, Any]]) -> None:
         """Tell the problems of these samples that were not told before."""
         for meta in metas:
+            if (note := meta.get("note")) is not None and note not in self.notes:
+                self.notes.add(note)
+                self.remark(note)
             for message in meta.get("problems", ()):
                 line = f"{self.part}: {meta['video']}: {message}"
                 if line in self.before or len(self.before) > _MOST:

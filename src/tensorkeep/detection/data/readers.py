@@ -61,6 +61,11 @@ class VideoReader:
     broken: Broken = "error"
     threads: int = 1
 
+    @property
+    def short_side(self) -> int:
+        """Pixels of the shorter side that frames are decoded to."""
+        return self.size if self.augment is None else self.augment.short_side
+
 
 @dataclass(frozen=True)
 class FeatureReader:

@@ -27,12 +27,12 @@ from tensorkeep.detection.data.device_augment import scaled
 from tensorkeep.detection.data.hearing import decoder
 from tensorkeep.detection.data.opening import MEND, import_av, opened, quarter_turn, sought
 from tensorkeep.detection.data.problems import Problem
+from tensorkeep.detection.data.sizes import Size, fitted
 from tensorkeep.detection.data.torchcodec_frames import Pictures, choose_pictures, decode_pictures
 from tensorkeep.errors import TensorkeepError
 
 Broken = Literal["error", "keep"]
 Picture = NDArray[np.uint8]  # [3, H, W]
-Size = int | tuple[int, int] | None  # short side, or (height, width), or as stored
 _DISPOSABLE = {"h264", "mpeg4"}  # HEVC's "non-reference" pictures may serve a higher temporal layer
 
 
@@ -45,6 +45,7 @@ def decode(
     broken: Broken = "error",
     problems: list[Problem] | None = None,
     decoder: Literal["pyav", "torchcodec"] = "pyav",
+    stored: set[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Decode chosen frames of a video.
 
@@ -57,6 +58,7 @@ def decode(
             in the place of lacking ones (at the start of the file the one after).
         problems: gets one entry for each picture that is damaged or lacking.
         decoder: "torchcodec" gives the same frames but for the rounding of colours, and notices no damage.
+        stored: gets width and height, as they lie in the file, of the pictures that were decoded.
 
     Returns:
         uint8 `[T, 3, H, W]`, RGB, turned as they are meant to be seen.
@@ -82,7 +84,7 @@ def decode(
         slot: Picture = out[0][order[bounds[k]]]
         return slot
 
-    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, memory_for)):
+    for k, (_, picture) in enumerate(_pictures(path, unique, size, threads, broken, problems, memory_for, stored)):
         for slot in order[bounds[k] + 1 : bounds[k + 1]].tolist():
             out[0][slot] = picture
     if not out:
@@ -158,10 +160,11 @@ def _pictures(
     broken: Broken,
     problems: list[Problem] | None,
     memory_for: Callable[[int, tuple[int, int]], Picture] = _new_memory,
+    sizes: set[tuple[int, int]] | None = None,
 ) -> Iterator[tuple[int, Picture]]:
     """Give `(index, picture [3, H, W])` for each of `indices` (rising, no repetition), in this order; none is left out.
 
-    `memory_for(k, (H, W))` gives the memory that the k-th picture is written to.
+    `memory_for(k, (H, W))` gives the memory that the k-th picture is written to; `sizes` gets those in the file.
     """
     table = frame_table(path)
     if len(indices) and not 0 <= indices[0] <= indices[-1] < len(table.pts):
@@ -188,6 +191,8 @@ def _pictures(
                 found.append(Problem("warning", "size changes", Path(path).stem, what))
                 run = None
             stored = now
+            if sizes is not None:
+                sizes.add(now)
         if frame is None and last is None:
             waiting.append(index)
             continue
@@ -365,21 +370,6 @@ def _target(frame: Any, size: Size) -> tuple[int, int]:
     """Return height and width of a frame as it will be shown, after rotation and scaling."""
     height, width = frame.height, frame.width
     return fitted(width, height, size) if quarter_turn(frame.rotation) % 180 else fitted(height, width, size)
-
-
-def fitted(height: int, width: int, size: Size) -> tuple[int, int]:
-    """Return the height and width that a picture gets: `size` for its shorter side, or `size` itself, or as it was.
-
-    Example:
-        >>> fitted(180, 320, 90)
-        (90, 160)
-    """
-    if size is None:
-        return height, width
-    if isinstance(size, tuple):
-        return size
-    factor = size / min(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _paint(reformatter: Any, frame: Any, out: Picture) -> None:

@@ -99,6 +99,9 @@ class DataConfig:
             for `error`, the one that `predict` and `features` have.
         decode: Where the frames of training videos are decoded: `cpu` in the processes that load data, `gpu` by the
             decoder engines of the GPU that trains, through torchcodec; colours then differ by rounding.
+        cache: A folder, new or empty or one of its own, that decoded frames are kept in, so that each is decoded once
+            and not in every epoch: the same bytes; null: nothing is kept.
+        cache_gib: How much of the disk the folder may take; what is not in it is decoded each time.
         feature_layout: Axes of the stored array, time and channels, where both are as long as `in_channels`; else the
             axis that is so long has the channels.
         feature_key: Name of the array in files that hold several; null: the only one, or `feats`.
@@ -130,6 +133,8 @@ class DataConfig:
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     broken: Literal["error", "skip", "keep", "fatal"] = "error"
     decode: Literal["cpu", "gpu"] = "cpu"
+    cache: str | None = None
+    cache_gib: float = 100.0
     feature_layout: Literal["tc", "ct"] = "tc"
     feature_key: str | None = None
     feature_channels: tuple[int, int] | None = None
@@ -149,6 +154,8 @@ class DataConfig:
             object.__setattr__(self, "broken", "error")
         if self.decode == "gpu":
             self._check_decode()
+        if self.cache is not None:
+            self._check_cache()
         for name in ("window_size", "feature_stride", "sample_stride", "scale_factor", "crop_size"):
             if getattr(self, name) < 1:
                 raise TensorkeepError(f"{name} {getattr(self, name)} must be at least 1", where="data")
@@ -173,6 +180,17 @@ class DataConfig:
                 f"scale_factor frames lie evenly in a grid step: take feature_stride {self.scale_factor}, or a multiple"
             )
             raise TensorkeepError(f"{what} {self.scale_factor}", where="data", hint=hint)
+
+    def _check_cache(self) -> None:
+        hint = "cache: null"
+        if self.inputs != "video":
+            raise TensorkeepError("features are not decoded", where="data.cache", hint=hint)
+        if self.decode == "gpu":
+            what = "frames that a GPU decodes are not kept"
+            raise TensorkeepError(what, where="data.cache", hint="decode: cpu, or cache: null")
+        if self.cache == "" or not 0 < self.cache_gib < float("inf"):
+            what = f"there is no room of {self.cache_gib} GiB in a folder {self.cache!r}"
+            raise TensorkeepError(what, where="data.cache", hint="a folder, and cache_gib above 0")
 
     def _check_decode(self) -> None:
         if self.inputs != "video":
