@@ -74,8 +74,7 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     with explained(path):
         try:
             name, form = f"file:{Path(path).absolute()}", _bare_jpegs(path)
-            # titles in older files are in any encoding
-            with av.open(name, format=form, options=_ALLOWED, metadata_errors="replace") as container:
+            with av.open(name, format=form, options=_ALLOWED, **_any_titles(av)) as container:
                 opening = False
                 yield container, _stream_of(container, path, threads)
         except av.error.FFmpegError as error:
@@ -107,6 +106,14 @@ def sought(container: Any, stream: Any, time: int) -> bool:
     except PermissionError:  # FFmpeg's word for a place that it cannot find: not all of its readers can search
         return False
     return True
+
+
+def _any_titles(av: Any) -> dict[str, str]:
+    """Return what `av.open` needs to read titles in any encoding, as older files have them.
+
+    Before version 19 it fails on those that are not UTF-8, if not told; from 19 on it reads all, and cannot be told.
+    """
+    return {"metadata_errors": "replace"} if hasattr(av.container.Container, "metadata_errors") else {}
 
 
 def _bare_jpegs(path: str | Path) -> str | None:
