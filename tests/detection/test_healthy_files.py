@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("av")
 
 import av
 
+from tensorkeep.detection.data import opening
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.video import decode
@@ -35,6 +38,22 @@ def test_a_title_that_is_no_utf_8_is_no_fault_of_a_video(tmp_path: Path, name: s
     titled.write_bytes(data.replace(b"caf\xc3\xa9", b"caf\xe9\xb5"))  # as older programs wrote it
     assert probe(titled).frames == 40
     assert number_of(decode(titled, [33])[0]) == 33
+
+
+def test_a_video_is_opened_by_what_every_pyav_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV 19 has neither `metadata_errors`, the argument, nor the attribute, by which it is told from those before."""
+    path, told = film(tmp_path / "a.mp4"), []
+
+    def taken(file: str, mode: str | None = None, format: str | None = None, options: Any = None, **others: Any) -> Any:
+        told.append(others)
+        return av.open(file, mode, format, options)
+
+    for container in (SimpleNamespace(metadata_errors=""), SimpleNamespace()):
+        kind = SimpleNamespace(open=taken, error=av.error, container=SimpleNamespace(Container=container))
+        monkeypatch.setattr(opening, "import_av", lambda kind=kind: kind)
+        with opening.opened(path) as (_, stream):
+            assert stream.frames == 40
+    assert told == [{"metadata_errors": "replace"}, {}]
 
 
 def test_a_file_that_cannot_be_searched_is_read_from_its_start(tmp_path: Path) -> None:
