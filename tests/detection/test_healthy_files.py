@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import sys
+from enum import Flag
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from tensorkeep.detection.data import opening
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.video import decode
+from tensorkeep.errors import TensorkeepError
 
 from .films import film, number_of, picture
 
@@ -54,6 +57,14 @@ def test_a_video_is_opened_by_what_every_pyav_takes(tmp_path: Path, monkeypatch:
         with opening.opened(path) as (_, stream):
             assert stream.frames == 40
     assert told == [{"metadata_errors": "replace"}, {}]
+
+
+def test_a_pyav_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose dispositions are flags that are no numbers, or whose streams have none: seen at its import."""
+    for stream in (SimpleNamespace(), SimpleNamespace(Disposition=Flag)):
+        monkeypatch.setitem(sys.modules, "av", SimpleNamespace(__version__="15.1.0", stream=stream))
+        with pytest.raises(TensorkeepError, match=r"needs PyAV 17\.1 or newer: found 15\.1\.0"):
+            opening.import_av()
 
 
 def test_a_file_that_cannot_be_searched_is_read_from_its_start(tmp_path: Path) -> None:

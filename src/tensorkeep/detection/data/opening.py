@@ -197,9 +197,14 @@ def quarter_turn(degrees: int) -> int:
 
 
 def import_av() -> Any:
-    """Import PyAV; raises TensorkeepError that says how to install it where it is missing."""
+    """Import PyAV; raises TensorkeepError that says how to install it where it is missing or too old."""
+    hint = "pip install 'tensorkeep[detection]'"
     try:
-        return importlib.import_module("av")
+        av = importlib.import_module("av")
     except ImportError as error:
-        hint = "pip install 'tensorkeep[detection]'"
         raise TensorkeepError(f"reading videos needs PyAV: {error}", where="video", hint=hint) from error
+    # streams have no index before 17.0, which ends Python at some titles; dispositions are no numbers before 17.1
+    if not issubclass(getattr(av.stream, "Disposition", object), int):
+        what = f"reading videos needs PyAV 17.1 or newer: found {av.__version__}"
+        raise TensorkeepError(what, where="video", hint=hint)
+    return av
