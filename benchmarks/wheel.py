@@ -26,7 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- wheel: benchmarks/wheel.py -->", "<!-- end -->"
-HEAD = "| Python | torch | transformers | doctor | language: killed, resumed | detection | processor minutes | date |"
+NAMED = ("torch", "transformers", "peft", "av")  # packages whose versions stand in the table
+HEAD = f"| Python | {' | '.join(NAMED)} | doctor | language: killed, resumed | detection | processor minutes | date |"
 UPDATES, KILLED_AT = 30, 8
 MODEL = """
 import json, sys
@@ -159,7 +160,7 @@ def row(uv: str, python: str, wheel: Path) -> list[str]:
         assert where.startswith(str(place)), where
         trained, detected = language(run, programs, home, folder), detection(run)
         found, told = checkup(run)
-        cells = [where.split()[-1], found["torch"], found["transformers"], told, trained, detected]
+        cells = [where.split()[-1], *(found[name] for name in NAMED), told, trained, detected]
     date = datetime.datetime.now(tz=datetime.timezone.utc).date()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -244,6 +244,14 @@ def ours_plain(value: Any) -> Any:
     return value
 
 
+def test_paths_are_plain_by_the_name_that_any_python_writes() -> None:
+    """Python 3.13 alone names its own module of them."""
+    for module in ("pathlib", "pathlib._local"):
+        data = b"\x80\x02c" + module.encode() + b"\nPosixPath\nX\x01\0\0\0a\x85R."
+        found, _ = parse(data, DCP_GLOBALS, "test")
+        assert isinstance(found, Object) and found.args == ("a",)
+
+
 def test_torchs_own_metadata_reads_as_torch_unpickles_it(tmp_path: Path) -> None:
     folder = write_dcp(tmp_path / "dcp")
     ours, _ = parse((folder / ".metadata").read_bytes(), DCP_GLOBALS, "test")

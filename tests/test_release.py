@@ -72,11 +72,22 @@ def test_only_the_job_that_publishes_may_and_it_holds_no_secret() -> None:
     jobs = document["jobs"]
     assert document[True] == {"push": {"tags": ["v*"]}} and document["permissions"] == {}  # YAML 1.1 reads `on` as True
     assert jobs["build"]["permissions"] == {"contents": "read"}
-    assert jobs["publish"]["permissions"] == {"id-token": "write"} and jobs["publish"]["needs"] == ["build", "sbom"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["publish"]["needs"] == ["build", "sbom", "newest"]
     assert jobs["publish"]["environment"] == "pypi" and "secrets." not in text and "://" not in text
     assert jobs["sbom"]["permissions"] == {"contents": "read"}
-    used = [step["uses"].partition("@")[0] for job in jobs.values() for step in job["steps"] if "uses" in step]
+    used = [step["uses"].partition("@")[0] for job in jobs.values() for step in job.get("steps", ()) if "uses" in step]
     assert {name.partition("/")[0] for name in used} == {"actions", "pypa"}
+
+
+def test_nothing_is_published_whose_wheel_fails_beside_the_newest_of_everything(project: dict[str, Any]) -> None:
+    called = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())["jobs"]["newest"]
+    document = yaml.safe_load((ROOT / called["uses"]).read_text())
+    assert {"workflow_call", "schedule"} <= set(document[True]) and document["permissions"] == {}
+    (job,) = document["jobs"].values()
+    assert job["steps"][-1]["run"] == "python -m benchmarks.wheel ${{ matrix.python }}"
+    pythons = [x.rpartition(" ")[2] for x in project["classifiers"] if re.search(r":: 3\.\d+$", x)]
+    assert job["strategy"]["matrix"]["python"] == pythons, "every Python that pyproject.toml names"
 
 
 def test_the_list_of_parts_is_made_by_the_release_and_is_no_file_that_pypi_gets() -> None:

@@ -115,6 +115,20 @@ def test_overlap_losses_are_zero_for_equal_and_above_one_for_disjoint() -> None:
     assert diou_loss(a, b).item() > 1 and giou_loss(a, b).item() > 1
 
 
+@pytest.mark.parametrize(
+    ("found", "wanted", "gradient"),
+    [([0.0, 1.0], [1.0, 2.0], [0.0, -0.75]), ([1.0, 1.0], [0.0, 2.0], [0.5, -0.5])],
+    ids=["touching", "without length"],
+)
+def test_a_segment_whose_overlap_is_0_is_drawn_to_its_target(
+    found: list[float], wanted: list[float], gradient: list[float]
+) -> None:
+    """The gradient of `clamp(min=0)` at 0 is 1 before torch 2.15, as the original learned by, and 0 since."""
+    segment = torch.tensor([found], requires_grad=True)
+    diou_loss(segment, torch.tensor([wanted])).sum().backward()
+    assert segment.grad is not None and segment.grad[0].tolist() == pytest.approx(gradient, abs=1e-6)
+
+
 def test_levels_of_strides_and_ranges_must_agree() -> None:
     with pytest.raises(TensorkeepError, match="2 strides but 1 ranges"):
         HeadConfig(strides=(1, 2), ranges=((0, 4),))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import struct
+import sys
+from enum import Flag
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +16,11 @@ pytest.importorskip("av")
 
 import av
 
+from tensorkeep.detection.data import opening
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.picture_checks import check_pictures
 from tensorkeep.detection.data.video import decode
+from tensorkeep.errors import TensorkeepError
 
 from .films import film, number_of, picture
 
@@ -35,6 +41,30 @@ def test_a_title_that_is_no_utf_8_is_no_fault_of_a_video(tmp_path: Path, name: s
     titled.write_bytes(data.replace(b"caf\xc3\xa9", b"caf\xe9\xb5"))  # as older programs wrote it
     assert probe(titled).frames == 40
     assert number_of(decode(titled, [33])[0]) == 33
+
+
+def test_a_video_is_opened_by_what_every_pyav_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV 19 has neither `metadata_errors`, the argument, nor the attribute, by which it is told from those before."""
+    path, told = film(tmp_path / "a.mp4"), []
+
+    def taken(file: str, mode: str | None = None, format: str | None = None, options: Any = None, **others: Any) -> Any:
+        told.append(others)
+        return av.open(file, mode, format, options)
+
+    for container in (SimpleNamespace(metadata_errors=""), SimpleNamespace()):
+        kind = SimpleNamespace(open=taken, error=av.error, container=SimpleNamespace(Container=container))
+        monkeypatch.setattr(opening, "import_av", lambda kind=kind: kind)
+        with opening.opened(path) as (_, stream):
+            assert stream.frames == 40
+    assert told == [{"metadata_errors": "replace"}, {}]
+
+
+def test_a_pyav_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose dispositions are flags that are no numbers, or whose streams have none: seen at its import."""
+    for stream in (SimpleNamespace(), SimpleNamespace(Disposition=Flag)):
+        monkeypatch.setitem(sys.modules, "av", SimpleNamespace(__version__="15.1.0", stream=stream))
+        with pytest.raises(TensorkeepError, match=r"needs PyAV 17\.1 or newer: found 15\.1\.0"):
+            opening.import_av()
 
 
 def test_a_file_that_cannot_be_searched_is_read_from_its_start(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ torch.Size torch.device torch.Tensor torch.nn.parameter.Parameter torch.nn.Param
 collections.OrderedDict collections.defaultdict collections.Counter
 builtins.set builtins.frozenset builtins.dict builtins.list builtins.int builtins.float builtins.bool builtins.str
 builtins.complex builtins.bytearray __builtin__.set __builtin__.dict __builtin__.list
-argparse.Namespace _codecs.encode pathlib.PosixPath pathlib.PurePosixPath datetime.datetime datetime.timedelta
+argparse.Namespace _codecs.encode datetime.datetime datetime.timedelta
+pathlib.PosixPath pathlib.PurePosixPath pathlib._local.PosixPath pathlib._local.PurePosixPath
 numpy.core.multiarray.scalar numpy._core.multiarray.scalar
 numpy.core.multiarray._reconstruct numpy._core.multiarray._reconstruct numpy.ndarray numpy.dtype
 """

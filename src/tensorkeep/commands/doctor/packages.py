@@ -59,7 +59,7 @@ PACKAGES = (
     Package("tokenizers", "tokenizers", "language", "0.20"),
     Package("peft", "peft", "language", "0.17"),
     Package("gguf", "gguf", "language", "0.17"),
-    Package("av", "av", "detection", "13"),
+    Package("av", "av", "detection", "17.1"),
     Package("bitsandbytes", "bitsandbytes", "quant", "0.45"),
     Package("pyarrow", "pyarrow", "tables", "15"),
     Package("model-signing", "model_signing", "signing", "1.1"),

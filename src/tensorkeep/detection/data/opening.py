@@ -74,8 +74,7 @@ def opened(path: str | Path, threads: int = 1) -> Iterator[tuple[Any, Any]]:
     with explained(path):
         try:
             name, form = f"file:{Path(path).absolute()}", _bare_jpegs(path)
-            # titles in older files are in any encoding
-            with av.open(name, format=form, options=_ALLOWED, metadata_errors="replace") as container:
+            with av.open(name, format=form, options=_ALLOWED, **_any_titles(av)) as container:
                 opening = False
                 yield container, _stream_of(container, path, threads)
         except av.error.FFmpegError as error:
@@ -107,6 +106,14 @@ def sought(container: Any, stream: Any, time: int) -> bool:
     except PermissionError:  # FFmpeg's word for a place that it cannot find: not all of its readers can search
         return False
     return True
+
+
+def _any_titles(av: Any) -> dict[str, str]:
+    """Return what `av.open` needs to read titles in any encoding, as older files have them.
+
+    Before version 19 it fails on those that are not UTF-8, if not told; from 19 on it reads all, and cannot be told.
+    """
+    return {"metadata_errors": "replace"} if hasattr(av.container.Container, "metadata_errors") else {}
 
 
 def _bare_jpegs(path: str | Path) -> str | None:
@@ -190,9 +197,14 @@ def quarter_turn(degrees: int) -> int:
 
 
 def import_av() -> Any:
-    """Import PyAV; raises TensorkeepError that says how to install it where it is missing."""
+    """Import PyAV; raises TensorkeepError that says how to install it where it is missing or too old."""
+    hint = "pip install 'tensorkeep[detection]'"
     try:
-        return importlib.import_module("av")
+        av = importlib.import_module("av")
     except ImportError as error:
-        hint = "pip install 'tensorkeep[detection]'"
         raise TensorkeepError(f"reading videos needs PyAV: {error}", where="video", hint=hint) from error
+    # streams have no index before 17.0, which ends Python at some titles; dispositions are no numbers before 17.1
+    if not issubclass(getattr(av.stream, "Disposition", object), int):
+        what = f"reading videos needs PyAV 17.1 or newer: found {av.__version__}"
+        raise TensorkeepError(what, where="video", hint=hint)
+    return av

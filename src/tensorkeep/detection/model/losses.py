@@ -36,6 +36,15 @@ def smooth_targets(targets: Tensor, smoothing: float) -> Tensor:
     return targets * (1 - smoothing) + smoothing / (targets.shape[-1] + 1)
 
 
+def not_negative(lengths: Tensor) -> Tensor:
+    """Return lengths, 0 in place of negative ones; the gradient at 0 is 1, as the originals learn by.
+
+    `clamp(min=0)` has that gradient before torch 2.15, and 0 since: segments that touch, or that have no length yet,
+    would no longer be drawn together.
+    """
+    return torch.where(lengths < 0, 0.0, lengths)
+
+
 def diou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-7) -> Tensor:
     """Return `1 - DIoU` of aligned segments `[..., 2]`: `[...]`, in `[0, 2)`, without a unit.
 
@@ -59,7 +68,7 @@ def giou_loss(predicted: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
 
 def _overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the lengths of intersection, union and enclosing segment, each `[...]`."""
-    inter = (torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0])).clamp(min=0)
+    inter = not_negative(torch.minimum(a[..., 1], b[..., 1]) - torch.maximum(a[..., 0], b[..., 0]))
     union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - inter
     enclosing = torch.maximum(a[..., 1], b[..., 1]) - torch.minimum(a[..., 0], b[..., 0])
     return inter, union, enclosing
