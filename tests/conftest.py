@@ -8,10 +8,13 @@ looks of tests pass over what was there before the first of them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import importlib.util
 import os
 import shutil
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,12 +36,31 @@ with contextlib.suppress(ModuleNotFoundError):  # `make test-gpu` runs without i
 MANY = 10_000  # new objects between two looks at the youngest; Python's own number is 700
 
 
+@contextlib.contextmanager
+def alone_where_nothing_is_compiled() -> Iterator[None]:
+    """Python compiles all that is imported once: where it has not yet, the next worker waits for what the first makes.
+
+    It takes 17 s, which two workers side by side would both pay; meanwhile mypy has the other core.
+    """
+    handle = os.open(Path(__file__).parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        torch = importlib.util.find_spec("torch")
+        if sys.dont_write_bytecode or torch is None or Path(str(torch.cached)).exists():
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # a process forked meanwhile holds the handle, too
+        os.close(handle)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
     """Import the modules of tests without a look, and keep what they left out of later ones."""
     gc.disable()
     try:
-        return (yield)
+        with alone_where_nothing_is_compiled():
+            return (yield)
     finally:
         gc.collect()
         gc.freeze()

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import cProfile
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 
 @contextmanager
 def calls_at_most(most: int) -> Iterator[None]:
-    """Fail as soon as the block has made more than so many calls, of Python and of C functions, in this thread."""
-    made, before = 0, sys.getprofile()
+    """Fail where the block has made more than so many calls, of Python and of C functions, in this thread.
 
-    def count(_frame: FrameType, event: str, _arg: Any) -> None:
-        nonlocal made
-        if event in ("call", "c_call"):
-            made += 1
-            if made > most:
-                sys.setprofile(before)
-                raise AssertionError(f"more than {most} calls")
+    Python's profiler counts them, at a fifth of the price of a function that hears of each; a look at its count twice a
+    second of this process ends a block that would never end.
+    """
+    counter, before = cProfile.Profile(builtins=True), sys.getprofile()
 
-    sys.setprofile(count)
+    def look(_number: int, _frame: FrameType | None) -> None:
+        counter.disable()
+        made = sum(entry.callcount for entry in counter.getstats())
+        assert made <= most, f"more than {most} calls"
+        counter.enable()
+
+    heard = signal.signal(signal.SIGPROF, look)
+    signal.setitimer(signal.ITIMER_PROF, 0.5, 0.5)
+    counter.enable()
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, heard)
+        counter.disable()
         sys.setprofile(before)
+    made = sum(entry.callcount for entry in counter.getstats())
+    assert made <= most, f"more than {most} calls"

@@ -28,6 +28,7 @@ from tensorkeep.formats.view import read
 from tensorkeep.storage import archive
 from tensorkeep.storage._likeness import likeness
 from tensorkeep.storage.certificate import dump
+from tensorkeep.storage.run_manifest import manifest_bytes
 
 COUNT = 300
 
@@ -193,9 +194,12 @@ JSON = st.recursive(
 
 @settings(max_examples=15, deadline=None)
 @given(st.dictionaries(st.text(), JSON))
-def test_a_certificate_is_spelled_as_json_spells_it(document: dict[str, Any]) -> None:
+def test_certificates_and_manifests_are_spelled_as_json_spells_them(document: dict[str, Any]) -> None:
     wanted = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
     assert dump(document) == wanted
+    body = {name: value for name, value in document.items() if name != "xxh3_128"}
+    digest = xxhash.xxh3_128((json.dumps(body, indent=1) + "\n").encode()).hexdigest()
+    assert manifest_bytes(document) == (json.dumps({**body, "xxh3_128": digest}, indent=1) + "\n").encode()
 
 
 def test_commands_over_files_look_for_garbage_less_often_and_leave_python_as_it_was(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -45,24 +46,33 @@ def dump(document: dict[str, Any]) -> bytes:
         >>> dump({"schema": 1})
         b'{\n "schema": 1\n}\n'
     """
-    return (_indented(document, "\n") + "\n").encode("utf-8", "surrogatepass")
+    return (indented(document) + "\n").encode("utf-8", "surrogatepass")
 
 
 _plain = json.JSONEncoder(ensure_ascii=False).encode  # what is no dict and no list
 
 
-def _indented(value: Any, line: str) -> str:
-    """Spell a value as `json.dumps(value, indent=1)` does, in half its time; `line` begins a line of its depth."""
+def indented(value: Any, line: str = "\n", quoted: Callable[[str], str] = encode_basestring) -> str:
+    """Spell a value as `json.dumps(value, indent=1)` does, in half its time.
+
+    Args:
+        value: anything that JSON can hold; keys stay in their order.
+        line: what begins a line of its depth.
+        quoted: spells a text; `encode_basestring_ascii` does what `ensure_ascii` asks for.
+
+    Returns:
+        The text, without a newline at its end.
+    """
     if isinstance(value, str):
-        return encode_basestring(value)
+        return quoted(value)
     below = f"{line} "
     if isinstance(value, dict) and value:
         if not all(isinstance(name, str) for name in value):
             value = {name if isinstance(name, str) else _plain({name: 0})[2:-5]: item for name, item in value.items()}
-        inner = [f"{encode_basestring(name)}: {_indented(item, below)}" for name, item in value.items()]
+        inner = [f"{quoted(name)}: {indented(item, below, quoted)}" for name, item in value.items()]
         return f"{{{below}{f',{below}'.join(inner)}{line}}}"
     if isinstance(value, (list, tuple)) and value:
-        return f"[{below}{f',{below}'.join([_indented(item, below) for item in value])}{line}]"
+        return f"[{below}{f',{below}'.join([indented(item, below, quoted) for item in value])}{line}]"
     return str(value) if type(value) is int else _plain(value)
 
 

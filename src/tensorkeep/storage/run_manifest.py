@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,7 @@ import xxhash
 from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.findings import Finding
 from tensorkeep.storage import durable
-from tensorkeep.storage.certificate import SCHEMA, parse_json
+from tensorkeep.storage.certificate import SCHEMA, indented, parse_json
 from tensorkeep.storage.files import Progress, explained, inside, open_plain, spelled_plainly
 from tensorkeep.storage.manifest_entries import (
     FileEntry,
@@ -97,11 +97,10 @@ def manifest_bytes(document: Mapping[str, Any]) -> bytes:
         document: the manifest; a digest in it is replaced.
     """
     body = {k: v for k, v in document.items() if k != "xxh3_128"}
-    return _text({**body, "xxh3_128": xxhash.xxh3_128(_text(body)).hexdigest()})
-
-
-def _text(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
+    text = indented(body, quoted=encode_basestring_ascii)
+    head = f"{text[:-2]},\n" if body else "{\n"
+    digest = xxhash.xxh3_128((text + "\n").encode()).hexdigest()
+    return f'{head} "xxh3_128": "{digest}"\n}}\n'.encode()
 
 
 def make_manifest(

@@ -203,31 +203,45 @@ def foreseen(job: Job, step: int) -> tuple[State, bool]:
 def _moments(job: Job) -> dict[str, Tensor] | None:
     """Find what the optimizer will keep of each parameter, by letting its twin step over parameters without memory.
 
+    One parameter of each size and type of a group stands for all: a step without memory costs as much as a real one.
     One that needs values for its step (Adafactor) has made room before; None where one has not.
     """
     names = {id(p): n for n, p in job.model.named_parameters()}
     found: dict[str, Tensor] = {}
     for group in job.optimizer.param_groups:
-        hollow = [_hollow(p) for p in group["params"]]
+        alike = {_kind(p): p for p in group["params"]}
+        hollow = {kind: _hollow(p) for kind, p in alike.items()}
         plain: dict[str, Any] = {k: False for k in ("foreach", "fused", "capturable") if k in group}
         twin: Optimizer = copy.copy(job.optimizer)
-        twin.state, twin.param_groups = defaultdict(dict), [{**group, **plain, "params": hollow}]
+        twin.state, twin.param_groups = defaultdict(dict), [{**group, **plain, "params": [*hollow.values()]}]
         step: Any = getattr(type(twin).step, "__wrapped__", type(twin).step)  # without the hooks of all optimizers
         try:
             with torch.no_grad():
                 step(twin)
         except FOREIGN:  # an optimizer that needs values for its step
-            if not all(twin.state.get(one) for one in hollow):
+            if not all(twin.state.get(one) for one in hollow.values()):
                 return None
-        for real, one in zip(group["params"], hollow):
-            slots = {slot: v for slot, v in twin.state.get(one, {}).items() if isinstance(v, Tensor)}
+        for real in group["params"]:
+            kept = twin.state.get(hollow[_kind(real)], {})
+            slots = {slot: v for slot, v in kept.items() if isinstance(v, Tensor)}
             found |= {f"{names[id(real)]}/{slot}": _spread(value, real) for slot, value in slots.items()}
     return found
 
 
+def _local(parameter: Any) -> Any:
+    """This rank's part of a parameter."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _kind(parameter: Any) -> tuple[Any, ...]:
+    """What the sizes of all that an optimizer keeps of a parameter depend on."""
+    local = _local(parameter)
+    return tuple(local.shape), local.stride(), local.dtype
+
+
 def _hollow(parameter: Any) -> Tensor:
     """A parameter with a gradient, as large as this rank's part of one, without memory."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    local = _local(parameter)
     made = torch.nn.Parameter(torch.empty_like(local.detach(), device="meta"), parameter.is_floating_point())
     made.grad = torch.empty_like(made.detach())
     return made

@@ -6,10 +6,10 @@ refused by name.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import safetensors
 from tensorkeep.storage import durable
+from tensorkeep.storage.certificate import indented
 from tensorkeep.storage.layout import FileLayout, SinkTensor
 from tensorkeep.storage.record import DTYPES, FROM_TORCH
 from tensorkeep.storage.run_folder import ADAPTER, EMA, MODEL, OPTIMIZER, STATE
@@ -149,7 +150,7 @@ def encoded(document: Mapping[str, Any]) -> bytes:
             raise TensorkeepError(f"{at} is a {type(value).__name__}, which JSON does not keep", where=STATE)
 
     check(dict(document), "document")
-    return (json.dumps(document, indent=1) + "\n").encode()
+    return (indented(document, quoted=encode_basestring_ascii) + "\n").encode()
 
 
 # -- and back ---------------------------------------------------------------------------------------------------------
