@@ -207,7 +207,7 @@ def test_frames_of_a_video_that_is_replaced_while_it_is_read_are_not_kept(path: 
 # -- damage -----------------------------------------------------------------------------------------------------------
 
 
-def test_damage_is_told_each_time_and_not_kept(tmp_path: Path, kept: FrameCache) -> None:
+def test_damage_is_told_each_time_and_nothing_of_its_video_is_kept(tmp_path: Path, kept: FrameCache) -> None:
     path = torn(film(tmp_path / "whole.mp4", 60, b_frames=0), tmp_path / "a.mp4", 2)
     grid, asked = Grid(np.arange(0, 60, 2), "every 2 of 60"), Asked(path, broken="keep")
     windows = [grid.frames[a : a + 10] for a in (0, 2, 5, 8, 10, 14, 20, 0, 8, 10)]
@@ -216,11 +216,36 @@ def test_damage_is_told_each_time_and_not_kept(tmp_path: Path, kept: FrameCache)
         frames = decode(path, window, size=SIDE, broken="keep", problems=expected)
         got, odd, _ = asked.through(kept, window, grid)
         assert torch.equal(got, frames) and odd == expected
-    found = read_slots(film_of(kept, str(path), grid, SIDE), np.arange(30))  # type: ignore[arg-type]
-    assert found is not None and 0 < len(found.lacking) < 30
-    with pytest.raises(TensorkeepError, match=r"damaged|decoded"):
-        Asked(path).through(kept, grid.frames, grid)
-    assert asked.through(kept, windows[0], grid)[2] == 0
+    assert asked.through(kept, windows[0], grid)[2] == 10 and [p.stat().st_size for p in films_of(kept.folder)] == [40]
+    assert describe(kept, [(str(path), grid, SIDE)]).endswith("; 1 damaged or odd videos are decoded each time")
+    assert kept.stopped == ""
+
+
+@pytest.mark.parametrize("first", [slice(0, 8), slice(20, 25)])
+def test_a_clip_that_cannot_be_decoded_is_told_as_without_a_cache(
+    first: slice, tmp_path: Path, kept: FrameCache
+) -> None:
+    path = torn(film(tmp_path / "whole.mp4", 60, b_frames=0), tmp_path / "a.mp4", 2)
+    grid, asked = Grid(np.arange(0, 60, 2), "every 2 of 60"), Asked(path)
+    asked.through(kept, grid.frames[first], grid)
+    with pytest.raises(TensorkeepError) as expected:
+        decode(path, grid.frames[:25], size=SIDE)
+    for _ in range(2):
+        with pytest.raises(TensorkeepError) as found:
+            asked.through(kept, grid.frames[:25], grid)
+        assert str(found.value) == str(expected.value)
+    assert [p.stat().st_size for p in films_of(kept.folder)] == [40]
+
+
+def test_an_interrupted_decoding_bars_nothing(path: Path, kept: FrameCache) -> None:
+    class Broken(Asked):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    Asked(path).through(kept, GRID.frames[:4])
+    with pytest.raises(KeyboardInterrupt):
+        Broken(path).through(kept, GRID.frames)
+    assert Asked(path).through(kept, GRID.frames[:4])[2] == 0
 
 
 def test_pictures_of_another_size_are_told_each_time(tmp_path: Path, kept: FrameCache) -> None:

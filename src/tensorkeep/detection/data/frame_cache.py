@@ -2,8 +2,8 @@
 
 Which frames of a video can be asked for is known before (its grid), so each has a slot in a file of its own
 (`frame_store`). A file is found by what decides its pixels: name, size, time of change and both ends of the video, the
-pictures' side, the grid, and the versions of what decodes. A frame is kept only where decoding said nothing odd about
-any picture of its clip, so that damage is told each time. What cannot be kept is decoded each time, which is said once.
+pictures' side, the grid, and the versions of what decodes. Of a video in which decoding ever found something odd
+nothing is kept, so that damage is told each time. What cannot be kept is decoded each time, which is said once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tensorkeep.detection.data.containers import probe
 from tensorkeep.detection.data.file_ends import digest_of_ends
-from tensorkeep.detection.data.frame_store import Film, Found, Head, count_slots, read_slots, write_slots
+from tensorkeep.detection.data.frame_store import BARRED, Film, Found, Head, bar, count_slots, read_slots, write_slots
 from tensorkeep.detection.data.opening import import_av
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.sizes import fitted
@@ -163,18 +163,29 @@ def cached_frames(
     if film is None or not np.array_equal(grid.frames[slots], wanted):
         return fetch(wanted, problems, set())
 
-    def decoded(some: Indices) -> tuple[Tensor, list[Problem], tuple[int, int] | None]:
-        odd, sizes = list[Problem](), set[tuple[int, int]]()
-        frames = fetch(grid.frames[some], odd, sizes)
-        good = not odd and len(sizes) == 1 and film == film_of(kept, path, grid, side)  # nobody changed the video
-        return frames, odd, sizes.pop() if good else None
+    def decoded(some: Indices, odd: list[Problem]) -> tuple[Tensor, tuple[int, int] | None]:
+        sizes = set[tuple[int, int]]()
+        try:
+            frames = fetch(grid.frames[some], odd, sizes)
+        except TensorkeepError:
+            if film == film_of(kept, path, grid, side):
+                _bar(kept, film)
+            raise
+        good = not odd and len(sizes) == 1
+        same = film == film_of(kept, path, grid, side)  # nobody changed the video
+        if same and not good:
+            _bar(kept, film)
+        return frames, sizes.pop() if good and same else None
 
     found = _read(kept, film, slots)
     frames = None if found is None else _completed(kept, film, found, slots, decoded)
     if frames is not None:
         return frames
-    frames, odd, stored = decoded(slots)
-    problems += odd
+    odd: list[Problem] = []
+    try:
+        frames, stored = decoded(slots, odd)
+    finally:
+        problems += odd
     if stored is not None:
         _keep(kept, film, frames, slots, stored)
     return frames
@@ -185,14 +196,14 @@ def _completed(
     film: Film,
     found: Found,
     slots: Indices,
-    decoded: Callable[[Indices], tuple[Tensor, list[Problem], tuple[int, int] | None]],
+    decoded: Callable[[Indices, list[Problem]], tuple[Tensor, tuple[int, int] | None]],
 ) -> Tensor | None:
     """Decode what is lacking of a clip; None where all of it must be, for the right word about what is odd."""
     frames = torch.from_numpy(found.frames)
     if not len(found.lacking):
         return frames
     try:
-        rest, _, stored = decoded(found.lacking)
+        rest, stored = decoded(found.lacking, [])
     except TensorkeepError:
         return None
     if stored != found.head.stored or tuple(rest.shape[2:]) != found.head.shape:
@@ -212,6 +223,14 @@ def _read(kept: FrameCache, film: Film, slots: Indices) -> Found | None:
     except OSError as error:
         kept.failed(error)
         return None
+
+
+def _bar(kept: FrameCache, film: Film) -> None:
+    """Keep nothing of a video."""
+    try:
+        bar(film)
+    except OSError as error:
+        kept.failed(error)
 
 
 def _keep(kept: FrameCache, film: Film, frames: Tensor, slots: Indices, stored: tuple[int, int]) -> None:
@@ -275,12 +294,15 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
         kept: the folder.
         parts: path, grid and pictures' side of each video.
     """
-    frames = there = measured = covered = asked = 0
+    frames = there = measured = covered = asked = barred = 0
     for path, grid, side in parts:
         film, count, head = film_of(kept, path, grid, side), 0, None
         if film is not None:
             with contextlib.suppress(OSError):  # whoever reads it will tell
                 count, head = count_slots(film)
+        if head == BARRED:
+            barred += 1
+            continue
         size = 0 if head is None else head.size
         if head is None and asked < _ASKED:
             info = probe(path)
@@ -290,4 +312,5 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
             measured, covered = measured + size * len(grid.frames), covered + len(grid.frames)
     whole, part = measured / max(covered, 1) * frames, there / max(frames, 1)
     taken = f"{whole / 2**30:.1f} GiB" if whole >= 2**30 else f"{whole / 2**20:.3g} MiB"
-    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB"
+    odd = f"; {barred} damaged or odd videos are decoded each time" if barred else ""
+    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB{odd}"

@@ -7,7 +7,8 @@
 A slot's bytes are written before its checksum, and every slot that is read is held against it. So all that a writer
 that was killed, two writers at once (who write the same bytes), a disk's fault or another's hand can do is that a frame
 is not there. Nothing is mapped: a full disk is an error of the call that writes. The file itself appears whole, with no
-slot in it, and is made anew where its head or its length is not as expected.
+slot in it, and is made anew where its head or its length is not as expected. A head alone, of pictures without size,
+says that nothing of this video is kept.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ class Head(NamedTuple):
         return 3 * self.shape[0] * self.shape[1]
 
 
+BARRED = Head((0, 0), (0, 0))  # of a video of which nothing is kept
+
+
 class Found(NamedTuple):
     """What was read.
 
@@ -93,7 +97,7 @@ def read_slots(film: Film, wanted: NDArray[np.int64]) -> Found | None:
         OSError: The system cannot read the file.
     """
     with _opened(film, os.O_RDONLY) as (handle, head):
-        if head is None:
+        if head is None or head == BARRED:
             return None
         slots, places, inverse = np.unique(wanted, return_index=True, return_inverse=True)
         sums = _sums(handle, int(slots[0]), int(slots[-1]) + 1)[slots - slots[0]]
@@ -152,6 +156,21 @@ def write_slots(
             _write(handle, memoryview(struct.pack(f"<{len(sums)}Q", *sums)), _HEAD_END + 8 * slot)
 
 
+def bar(film: Film) -> None:
+    """Let go of all frames of a video, and keep none from now on.
+
+    Args:
+        film: the file.
+
+    Raises:
+        OSError: The system cannot write the file.
+    """
+    with _opened(film, os.O_RDONLY) as (_, known):
+        pass
+    if known != BARRED:
+        _make(film, BARRED, another=True)
+
+
 def count_slots(film: Film) -> tuple[int, Head | None]:
     """Return how many of a video's frames are said to be there, and the head of its file.
 
@@ -162,7 +181,9 @@ def count_slots(film: Film) -> tuple[int, Head | None]:
         OSError: The system cannot read the file.
     """
     with _opened(film, os.O_RDONLY) as (handle, head):
-        return (0, None) if head is None else (int(np.count_nonzero(_sums(handle, 0, film.slots))), head)
+        if head is None or head == BARRED:
+            return 0, head
+        return int(np.count_nonzero(_sums(handle, 0, film.slots))), head
 
 
 def checksum(film: Film, slot: int, picture: Picture) -> int:
@@ -179,6 +200,11 @@ def checksum(film: Film, slot: int, picture: Picture) -> int:
 def _first(slots: int) -> int:
     """Return where the slots begin."""
     return -(-(_HEAD_END + 8 * slots) // _PAGE) * _PAGE
+
+
+def _length(slots: int, head: Head) -> int:
+    """Return how long a file is."""
+    return _HEAD_END if head == BARRED else _first(slots) + slots * head.size
 
 
 def _packed(film: Film, head: Head) -> bytes:
@@ -209,11 +235,12 @@ def _head(film: Film, handle: int) -> Head | None:
     said = os.pread(handle, _HEAD_END, 0)
     if len(said) != _HEAD_END:
         return None
-    _, height, width, *stored, slots, _ = _HEAD.unpack_from(said)
+    _, height, width, *stored, _, _ = _HEAD.unpack_from(said)
     head = Head((height, width), (stored[0], stored[1]))
-    if said != _packed(film, head) or min(head.shape) != film.side or max(head.shape) > _LONGEST * film.side:
+    if said != _packed(film, head) or state.st_size != _length(film.slots, head):
         return None
-    return head if state.st_size == _first(slots) + slots * head.size else None
+    good = min(head.shape) == film.side and max(head.shape) <= _LONGEST * film.side
+    return head if good or head == BARRED else None
 
 
 def _make(film: Film, head: Head, another: bool) -> None:
@@ -223,7 +250,7 @@ def _make(film: Film, head: Head, another: bool) -> None:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | _SAFE, 0o666)
         try:
             _write(handle, memoryview(_packed(film, head)), 0)
-            os.ftruncate(handle, _first(film.slots) + film.slots * head.size)
+            os.ftruncate(handle, _length(film.slots, head))
             if another:
                 temporary.rename(film.path)
             else:
