@@ -546,6 +546,39 @@ def test_a_config_with_other_heads_than_the_file_was_written_with_is_refused(
         assert "C01" in said and f"num_attention_heads {heads['num_attention_heads']} for" in said
 
 
+@pytest.mark.parametrize(
+    "more", [{"rms_norm_eps": 1e-3}, {"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e6}}]
+)
+def test_a_config_with_another_number_than_the_metadata_says_is_refused(
+    more: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model(tmp_path / "hf", "llama")
+    written(tmp_path / "hf", tmp_path / "m.gguf")
+    document = json.loads((tmp_path / "hf" / "config.json").read_text())
+    words = ["convert", str(tmp_path / "m.gguf"), str(tmp_path / "back"), "--to", "hf", "--config"]
+    assert main([*words, str(tmp_path / "hf")]) == 0
+    if "rope_theta" in more:
+        document.pop("rope_parameters", None)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text(json.dumps({**document, **more}))
+    words[2] = str(tmp_path / "other")
+    assert main([*words, str(tmp_path / "c")]) == 2
+    said = capsys.readouterr().err
+    assert "C01" in said and "llama.cpp computes with" in said and not (tmp_path / "other").exists()
+
+
+def test_an_adapter_is_no_gguf_model_and_what_makes_one_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"base_model.model.model.norm.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "a.safetensors")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "a.gguf"), "--to", "gguf"]) == 2
+    said = capsys.readouterr().err
+    assert "merge BASE ADAPTER OUT --to gguf" in said and "convert_lora_to_gguf.py" in said
+
+
 def test_a_window_that_only_the_users_config_says_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model(tmp_path / "hf", "llama")
     written(tmp_path / "hf", tmp_path / "m.gguf")

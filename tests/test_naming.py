@@ -212,3 +212,18 @@ def test_lightnings_state_of_a_module_that_holds_the_model_is_the_model(tmp_path
     assert main(["diff", *words[:2]]) == 0
     assert main(["convert", *words[1:], "--to", "hf", "--config", words[0]]) == 0
     assert main(["diff", words[0], words[2]]) == 0
+
+
+def test_lightnings_state_of_a_module_that_holds_torchtitans_model_is_torchtitans(tmp_path: Path) -> None:
+    from tensorkeep.cli import main
+    from tests.language_files import save_model
+
+    save_model(tmp_path / "model", "qwen3")
+    words = [str(tmp_path / n) for n in ("model", "titan.pth", "last.ckpt", "back")]
+    assert main(["convert", words[0], words[1], "--to", "pth", "--naming", "torchtitan"]) == 0
+    state = torch.load(words[1])
+    state = {f"model.{n}": t for n, t in state.get("model", state).items()}
+    torch.save({"state_dict": state, "epoch": 1, "global_step": 3}, words[2])
+    assert identify(read(tmp_path / "last.ckpt")).naming == "torchtitan"
+    assert main(["convert", words[2], words[3], "--to", "hf", "--config", words[0]]) == 0
+    assert main(["diff", words[0], words[3]]) == 0

@@ -1,8 +1,8 @@
-"""Weights of layers that a model shares, such as Zamba's attention: what a merge makes of adapters on them.
+"""Weights that modules share, such as Zamba's attention or T5's embeddings: what a merge makes of adapters there.
 
-PEFT wraps each of the layers apart, so that its forward adds each one's own update, while its merge adds all of them to
-the one tensor that the layers share. A low-rank change is therefore refused, as of a tied head, unless the user asks
-for the tensors apart: transformers loads them so where a file holds both and they differ.
+PEFT wraps each module apart, so that its forward adds each one's own update, while its merge adds all of them to the
+one tensor that they share. A low-rank change is therefore refused, as of a tied head, unless the user asks for the
+tensors apart; whole tensors part them as PEFT does. transformers loads them so where a file holds both and they differ.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names
-from tensorkeep.adapters.terms import Term
+from tensorkeep.adapters.terms import Term, kept_tied
 from tensorkeep.conversion import architecture
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped
+from tensorkeep.formats.view import Note
 
 Groups = dict[str, list[str]]
+_WHOLE = ("saved", "tokens")
 
 
 def find_shared(state: MergeBase) -> Groups:
@@ -35,7 +37,7 @@ def find_shared(state: MergeBase) -> Groups:
         return {}
     out: Groups = {}
     head = names.output_weight or state.head
-    apart = {state.head, state.embedding, names.tied_as.get(head, head)}  # `_ties` has these
+    apart = {state.head, names.tied_as.get(head, head)}  # `_ties` has these
     for name, source in names.tied.items():
         kept = source if source in state.hf_tensors else name
         other = name if kept == source else source
@@ -73,16 +75,21 @@ def settle_shared(
         TensorkeepError: T01 for a change of tensors that are shared.
     """
     touched = {kept: [n for n in (kept, *others) if wanted.get(n)] for kept, others in shared.items()}
+    for kept, names in touched.items():
+        if names == [kept] and all(kept_tied(t, False) for t in wanted[kept]):
+            names.clear()  # all of them change alike
     changed = [n for names in touched.values() for n in names]
-    if changed and not untie:
-        first = next(kept for kept, names in touched.items() if names)
+    summed = [kept for kept, names in touched.items() if any(t.kind not in _WHOLE for n in names for t in wanted[n])]
+    if summed and not untie:
+        (first, *_) = summed
+        changed = touched[first]
         raise TensorkeepError(
-            f"the base's layers share {', '.join(grouped([first, *shared[first]])[:3])}, and the adapter changes "
+            f"the base's modules share {', '.join(grouped([first, *shared[first]])[:3])}, and the adapter changes "
             f"{', '.join(grouped(changed)[:3])}: no longer one tensor, and PEFT's merge would add every change to it",
             where=sources[wanted[changed[0]][0].number].path,
             code="T01",
             tensors=changed,
-            hint="--untie writes each layer's own, as they were in training",
+            hint="--untie writes each module's own, as they were in training",
         )
     for kept, others in shared.items():
         stored = state.hf_tensors[kept].parts[0].name
@@ -96,4 +103,8 @@ def settle_shared(
                     what, hint = "the base has no hf names", "convert it first: tensorkeep convert BASE OUT --to hf"
                     raise TensorkeepError(f"{what}, so {kept} cannot be parted", where=state.view.path, hint=hint)
                 computed_tensor(state, stored, stored.removesuffix(kept) + other, terms)
+    if changed and not untie:
+        told = f"the base's modules share one tensor, and the adapter brings {', '.join(grouped(changed)[:3])} whole: "
+        told += "each has its own in the merged model, as in the trained one"
+        state.notes.append(Note("T01", told, tuple(changed)))
     return bool(changed)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tensorkeep.adapters._joined import Joined
-from tensorkeep.adapters._places import Place, places
+from tensorkeep.adapters._places import Place, ask_names, places
 from tensorkeep.adapters._view import ComputedTensor, checked_dtype
 from tensorkeep.adapters.reading import Adapter
 from tensorkeep.adapters.terms import Term, check_tokens
+from tensorkeep.conversion import architecture
 from tensorkeep.conversion.model_names import AskNames, ModelNames, unknown
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.rope import rope_rows
@@ -299,6 +300,9 @@ def _orientation(
         fits = [(made[::-1] if place.inward else made, place.inward)]
     else:
         fits = adapter.plug.shapes(adapter, kind, inner)
+        lies = _lies(state, adapter, inner)
+        if lies is not None and len(fits[-1][0]) == 2 and fits[-1] == (fits[-1][0], False):
+            fits = [(fits[-1][0][::-1], True)] if lies == "conv1d" else fits[-1:]
     found = next((turned for made, turned in fits if _fits(made, shape)), None)
     if found is None:
         made = fits[-1][0]
@@ -312,6 +316,18 @@ def _orientation(
             hint=hint,
         )
     return bool(found), None
+
+
+def _lies(state: MergeBase, adapter: Adapter, module: str) -> str | None:
+    """Return whether a module is "linear" or a "conv1d", whose matrix lies turned; None for others, or where unknown.
+
+    PEFT's config has one word for both (`fan_in_fan_out`): that of the layer that it wrapped last.
+    """
+    if "fan_in_fan_out" not in adapter.document or (state.config or {}).get("model_type") in architecture.FAMILIES:
+        return None
+    names = ask_names(state)
+    found = names.linear.get(module) if names is not None else None
+    return found if found in ("linear", "conv1d") else None
 
 
 def _fits(made: Sequence[int | None], shape: Sequence[int]) -> bool:

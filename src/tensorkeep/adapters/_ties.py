@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names, name_in_file
-from tensorkeep.adapters.reading import TIED, Adapter
-from tensorkeep.adapters.terms import Term, indices
+from tensorkeep.adapters.reading import Adapter
+from tensorkeep.adapters.terms import Term, indices, kept_tied
 from tensorkeep.conversion.naming import hf
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Note
@@ -24,9 +24,18 @@ _EMBEDDINGS = re.compile(
     r"(.+\.)?(embed_tokens|wte|word_embeddings|embed_in|embeddings|tok_embeddings|embedding)\.weight\Z"
 )
 
-# their `tie_word_embeddings` says as well whether the head's input is scaled: it stays, and transformers 5 loads two
-# tensors that differ as two whatever it says
-SCALED_BY_TIE = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "pop2piano", "udop")
+
+def keeps_tie(state: MergeBase) -> bool:
+    """Whether the config's `tie_word_embeddings` stays as it is, though head and embedding are parted.
+
+    Of T5 and its kin it says as well whether the head's input is scaled; transformers 5 loads two tensors that differ
+    as two whatever it says.
+
+    Args:
+        state: the base.
+    """
+    names = ask_names(state)
+    return names is not None and names.tie_says_more
 
 
 def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool) -> None:
@@ -100,10 +109,16 @@ def settle_ties(
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
     pair = (state.embedding, state.head)
     embed, head = (wanted.get(n, []) for n in pair)
+    both = embed if not head and all(t.kind == "tokens" for t in embed) else []
     names = [state.hf_tensors[n].parts[0].name for n in pair] if state.tied else []
-    if not (embed or head or untie) or not names or len({state.view.digest(n) for n in names}) > 1:
-        return False  # nothing of them changes; or the file holds two that differ, as `planning` will say (T01)
-    together = not (embed and head) and all(_kept_tied(sources[t.number].adapter, t) for t in (*embed, *head))
+    if not (embed or head or untie) or not names:
+        return False
+    differ = len({state.view.digest(n) for n in names}) > 1
+    if both and (untie or differ):
+        wanted[state.head] = head = list(both)  # PEFT puts rows of a tied embedding into the head as well
+    if differ:
+        return False  # the file holds two that differ, as `planning` will say (T01)
+    together = not (embed and head) and all(kept_tied(t, bool(head)) for t in embed or head)
     alike = _alike(embed, head)
     if not untie and (together or alike):
         both = embed or head
@@ -117,23 +132,16 @@ def settle_ties(
         _refuse_sum(state, sources, embed, head)
     if not untie:
         what = "both" if embed and head else state.embedding if embed else state.head
-        kept = (state.config or {}).get("model_type") in SCALED_BY_TIE
-        said = "transformers 5 loads them so" if kept else "config.json says tie_word_embeddings: false"
+        said = "transformers 5 loads them so" if keeps_tie(state) else "config.json says tie_word_embeddings: false"
         told = f"the base ties {state.head} to {state.embedding}, and the adapter brings {what} whole: they are two "
         told += f"tensors in the merged model, as in the trained one, and {said}"
         state.notes.append(Note("T01", told, pair))
-    for name in pair:
-        stored = state.hf_tensors[name].parts[0].name
+    for stored in (state.hf_tensors[n].parts[0].name for n in pair):
         state.records[stored] = replace(state.records[stored], tied_to=None)
     if len(set(names)) == 1:
         _part_head(state, wanted.pop(state.head, []))
-    _part_others(state)
+    _part_others(state, wanted)
     return True
-
-
-def _kept_tied(adapter: Adapter, term: Term) -> bool:
-    """Whether PEFT keeps the tie through this change of one of the two."""
-    return adapter.document.get(TIED) is True or term.kind == "tokens"
 
 
 def _refuse_sum(state: MergeBase, sources: Sequence[WeightedAdapter], embed: list[Term], head: list[Term]) -> None:
@@ -166,16 +174,20 @@ def _part_head(state: MergeBase, terms: list[Term]) -> None:
     computed_tensor(state, stored, stored.removesuffix(state.embedding) + state.head, terms)
 
 
-def _part_others(state: MergeBase) -> None:
-    """Add what else the config ties and files hold once (BERT's bias of the head): it unties all of them at once."""
+def _part_others(state: MergeBase, wanted: dict[str, list[Term]]) -> None:
+    """Add what else the config ties and files hold once (BERT's bias of the head): it unties all of them at once.
+
+    Rows that were trained of what they are tied to are theirs.
+    """
     names = ask_names(state)
     for name, source in (names.tied if names is not None else {}).items():
         tensor = state.hf_tensors.get(source)
         if name in (state.head, state.embedding) or name in state.hf_tensors or tensor is None:
             continue
         stored = tensor.parts[0].name
-        if stored.endswith(source):
-            computed_tensor(state, stored, stored.removesuffix(source) + name)
+        if stored.endswith(source) and stored.removesuffix(source) + name not in state.made:
+            rows = [t for t in wanted.get(source, ()) if t.kind == "tokens"]
+            computed_tensor(state, stored, stored.removesuffix(source) + name, rows)
 
 
 def _alike(embed: list[Term], head: list[Term]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from tensorkeep.adapters._inner_ties import find_shared, settle_shared
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._through import sent_through
-from tensorkeep.adapters._ties import SCALED_BY_TIE, find_tied, settle_sizes, settle_ties
+from tensorkeep.adapters._ties import find_tied, keeps_tie, settle_sizes, settle_ties
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
@@ -328,7 +328,7 @@ def _base_notes(
 def _keep_config_true(view: MergedView, state: MergeBase, floats: bool, parted: bool, rows: int | None) -> None:
     """Keep the config true: no quantization is left, head and embedding are two tensors, the vocabulary has `rows`."""
     before = state.hf_tensors[state.embedding].shape[0] if rows is not None else None
-    parted = parted and (state.config or {}).get("model_type") not in SCALED_BY_TIE
+    parted = parted and not keeps_tie(state)
 
     def true(part: Mapping[str, Any], top: bool) -> dict[str, Any]:
         """One level of the config, and those of the language model inside it."""

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from tensorkeep.adapters import kinds
+from tensorkeep.adapters.terms import TIED
 from tensorkeep.conversion import naming as namings
 from tensorkeep.conversion.adapters import halves, hf_module
 from tensorkeep.errors import TensorkeepError
@@ -35,7 +36,6 @@ _PRECISION = re.compile(
 )
 
 DIGEST = "base_digest"  # in the config: `manifest.digest_of_all` over the tensors of the base it was trained on
-TIED = "ensure_weight_tying"
 
 
 @dataclass
@@ -148,9 +148,14 @@ class Adapter:
         """Call the weights of a live model what its files call them, in place.
 
         Args:
-            names: live name -> the file's, of tensors (`X.weight`); those that are not in it stay.
+            names: live name -> the file's, of tensors (`X.weight`); those that are not in it stay, and so does a module
+                whose weight the file calls otherwise.
         """
-        modules = {n.rpartition(".")[0]: f.rpartition(".")[0] for n, f in names.items() if n.endswith(".weight")}
+        modules = {
+            n.rpartition(".")[0]: f.rpartition(".")[0]
+            for n, f in names.items()
+            if n.endswith(".weight") and f.endswith(".weight")
+        }
         for of_modules in (self.pairs, self.embeddings, self.magnitudes, self.biases, self.parts):
             held: dict[str, Any] = dict(of_modules)
             of_modules.clear()

@@ -212,3 +212,24 @@ def refuse_parts(adapter: Adapter, module: str, parts: Mapping[str, str], sound:
         hint = "take the config that was saved with these weights"
     if wrong is not None:
         raise TensorkeepError(wrong, where=adapter.view.path, code="A02", tensors=sorted(parts.values()), hint=hint)
+
+
+# -- tensors that are tied ---------------------------------------------------------------------------------------------
+
+TIED = "ensure_weight_tying"
+_PEFT_TIES = frozenset({"embed_tokens", "lm_head"})  # its EMBEDDING_LAYER_NAMES
+
+
+def kept_tied(term: Term, other: bool) -> bool:
+    """Whether PEFT keeps a tie through a change of one of the tensors.
+
+    Rows of the input embedding are put into all that is tied to it. What is asked to be tied is, where the module has
+    one of the two names that PEFT knows (0.21): GPT-2's `wte` and T5's `shared` have not, and are trained alone.
+
+    Args:
+        term: the change.
+        other: whether it is of a tensor that is tied to the embedding, and not of the embedding.
+    """
+    if term.kind == "tokens":
+        return not other
+    return term.adapter.document.get(TIED) is True and not _PEFT_TIES.isdisjoint(term.name.split("."))

@@ -110,9 +110,9 @@ def _stand_in(view: StateView, config: dict[str, Any], path: Path) -> None:
     """Check that the user's config can stand for a GGUF's own, and note where the two say different things.
 
     Raises:
-        TensorkeepError: C01 where it is another architecture's, or has other sizes than the file was written with.
+        TensorkeepError: C01 where it is another architecture's, or has other sizes or numbers than the file says.
     """
-    from tensorkeep.formats.gguf_metadata import ARCHITECTURES, contradictions, refuse_unsaid
+    from tensorkeep.formats.gguf_metadata import ARCHITECTURES, contradictions, other_numbers, refuse_unsaid
 
     made, kind = view.config or {}, str(config.get("model_type"))
     held = ARCHITECTURES.get(str(made.get("model_type")), made.get("model_type"))
@@ -123,6 +123,10 @@ def _stand_in(view: StateView, config: dict[str, Any], path: Path) -> None:
         what = ", ".join(f"{k} {str(config[k])[:20]} for {made[k]}" for k in sizes[:3])
         hint = "heads say how rows of q and k lie in this file: give the config of its own model"
         raise TensorkeepError(f"has other sizes than the file's metadata: {what}", where=path, code="C01", hint=hint)
+    if numbers := other_numbers(config, view.metadata.get("gguf", {})):
+        what = f"says otherwise than the file's metadata, which llama.cpp computes with: {', '.join(numbers)}"
+        hint = "give the config of its own model; gguf_set_metadata.py of the gguf package changes the file's number"
+        raise TensorkeepError(what, where=path, code="C01", hint=hint)
     view.metadata["not_in_config"] = []
     try:
         refuse_unsaid(config)

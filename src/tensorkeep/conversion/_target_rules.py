@@ -220,7 +220,10 @@ def _plain(sink: Sink, config: Mapping[str, Any]) -> tuple[dict[str, Offer], boo
 
 def _refuse_codes(sink: Sink, weights: Mapping[str, QuantizedWeight]) -> None:
     """Stop where integers or codes lie under a weight's name and no config says what they stand for (Q01)."""
-    whole = [n for n, o in sink.offers.items() if n.endswith((".weight", ".bias")) and not DTYPES[o.dtype].floating]
+    wide = [
+        n for n, o in sink.offers.items() if not DTYPES[o.dtype].floating and o.dtype != "BOOL"
+    ]  # a mask is no code
+    whole = [n for n in wide if n.endswith((".weight", ".bias"))]
     packed = [*(n for n, w in weights.items() if w.parts), *whole]
     if packed:
         raise TensorkeepError(

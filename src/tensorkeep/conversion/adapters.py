@@ -70,15 +70,17 @@ def set_aside(view: StateView, identity: Identity, to: str, notes: list[Note]) -
     """Leave the adapter's tensors out of a model's conversion and note that they were.
 
     Raises:
-        TensorkeepError: K08 where nothing but an adapter is there and the output is to be a transformers model.
+        TensorkeepError: K08 where nothing but an adapter is there and the output is to be a model.
     """
     found = halves(identity)
-    if to == "hf" and identity.names and (len(found) == len(identity.names) or view.format == "peft"):
+    if to in ("hf", "gguf") and identity.names and (len(found) == len(identity.names) or view.format == "peft"):
         raise TensorkeepError(
             f"holds an adapter ({len(found)} tensors of it), not a model",
             where=view.path,
             code="K08",
-            hint="--to peft writes an adapter folder; tensorkeep merge BASE ADAPTER OUT adds it into its base",
+            hint="--to peft writes an adapter folder; tensorkeep merge BASE ADAPTER OUT adds it into its base"
+            if to == "hf"
+            else "tensorkeep merge BASE ADAPTER OUT --to gguf; its own GGUF: llama.cpp's convert_lora_to_gguf.py",
         )
     if not found or len(found) == len(identity.names) or view.format == "peft":
         return identity  # all of one kind: PEFT's folder may hold trained modules beside the pairs

@@ -42,6 +42,7 @@ class ModelNames:
         rope: how RoPE pairs the rows of q and k, "half" or "pairs"; None for no RoPE.
         embedding: path of the input embedding.
         head: path of the output head.
+        tie_says_more: whether `tie_word_embeddings` decides more than which tensors are one (T5 scales by it).
     """
 
     kind: str
@@ -64,6 +65,7 @@ class ModelNames:
     rope: str | None = None
     embedding: str | None = None
     head: str | None = None
+    tie_says_more: bool = False
 
     def ignores(self, name: str) -> bool:
         """Whether a file may hold this name though the model has no use for it: computed buffers, other heads.

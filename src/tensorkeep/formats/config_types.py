@@ -34,7 +34,7 @@ def believed(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping) and key.endswith("_config") and key != "quantization_config":
             kept[key] = believed(value)
-        elif _wanted(key, value) is None and not (key in _WHOLE and isinstance(value, list)):
+        elif _wanted(key, value) is None and not (key in _WHOLE and isinstance(value, (list, Mapping, float))):
             kept[key] = value
     return kept
 
@@ -73,8 +73,10 @@ def _wanted(key: str, value: Any) -> str | None:
     if value is None:
         return None
     plain = isinstance(value, int) and not isinstance(value, bool)
-    if key in _WHOLE:  # some models have one for each layer
-        whole = plain or (isinstance(value, list) and value and all(type(v) is int for v in value))
+    if key in _WHOLE:  # some models have one for each layer, or for each part (LXMERT)
+        many = list(value.values()) if isinstance(value, Mapping) else value
+        plain = plain or (isinstance(value, float) and value.is_integer())  # 1200.0: Music Flamingo's positions
+        whole = plain or (isinstance(many, list) and many and all(type(v) is int for v in many))
         return None if whole else "a whole number"
     if key in _NUMBER:
         return None if plain or isinstance(value, float) else "a number"

@@ -5,6 +5,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and the values 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -295,6 +296,29 @@ def contradictions(config: Mapping[str, Any], back: Mapping[str, Any]) -> list[s
         if _short(mine.get(key)) != _short(theirs.get(key))
         and (mine["rope_type"] != "llama3" or key not in LLAMA3 or mine.get(key) != LLAMA3[key])
     ]
+
+
+_SCALARS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon", "rope_theta": "rope.freq_base"}
+
+
+def other_numbers(config: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
+    """Return the numbers that a file's metadata says, llama.cpp computes with, and a config says otherwise.
+
+    Args:
+        config: as config.json has it.
+        entries: the metadata; what it leaves out is no contradiction.
+    """
+    found = dict(config)
+    with contextlib.suppress(TensorkeepError):
+        found |= {"rope_theta": _rope(config)["rope_theta"]}
+    told = []
+    for key, entry in _SCALARS.items():
+        mine: Any = found.get(key)
+        theirs: Any = entries.get(f"{entries.get('general.architecture')}.{entry}")
+        numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (mine, theirs))
+        if numbers and abs(float(mine) - float(theirs)) > 1e-6 * abs(float(theirs)):
+            told.append(f"{key} {mine} for {shortest(float(theirs))}")
+    return told
 
 
 def _compare(config: Mapping[str, Any], back: Mapping[str, Any]) -> None:

@@ -23,7 +23,10 @@ from tensorkeep.models.refusals import refusals, said
 from tensorkeep.models.unsaved import computed_values, digests
 from tensorkeep.quantization.linear_layers import linear_layers
 
-_AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
+_TIE = "tie_word_embeddings"
+_AUTO = tuple(
+    f"AutoModel{task}" for task in ("ForCausalLM", "ForImageTextToText", "ForMultimodalLM", "ForSeq2SeqLM", "")
+)
 
 
 def build(document: Mapping[str, Any], stored: int | None = None) -> Any:
@@ -107,6 +110,7 @@ def facts(model: Any) -> dict[str, Any]:
         "rope": rope_layout(model),
         "embedding": _path(model, model.get_input_embeddings),
         "head": _path(model, model.get_output_embeddings),
+        "tie_says_more": tie_says_more(model),
     }
 
 
@@ -142,6 +146,30 @@ def _tied(model: Any) -> dict[str, str]:
         source = next((n for n in names if n not in targets), names[0])
         out.update({n: source for n in names if n != source})
     return out
+
+
+def tie_says_more(model: Any) -> bool:
+    """Say whether `tie_word_embeddings` decides more than which tensors are one.
+
+    So it is where a forward reads it, or another field of the config hangs on it: T5 scales the head's input by it.
+
+    Args:
+        model: a transformers model.
+    """
+    forwards = {inspect.unwrap(type(m).forward) for m in model.modules()}
+    if any(_TIE in getattr(getattr(f, "__code__", None), "co_names", ()) for f in forwards):
+        return True
+    try:
+        with silent():
+            tied, parted = (_without_tie(type(model.config)(**{_TIE: tie}).to_dict()) for tie in (True, False))
+    except refusals():  # such a config has no values of its own
+        return False
+    return bool(tied != parted)
+
+
+def _without_tie(value: Any) -> Any:
+    """Return a config without what it says of ties, at any depth."""
+    return {k: _without_tie(v) for k, v in value.items() if k != _TIE} if isinstance(value, dict) else value
 
 
 # -- what else a model says --------------------------------------------------------------------------------------------

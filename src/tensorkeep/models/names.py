@@ -31,7 +31,7 @@ from tensorkeep.formats.view import StateView
 from tensorkeep.storage.hub import cache_folder
 from tensorkeep.storage.record import nbytes
 
-_SCHEMA = 5
+_SCHEMA = 6
 _LARGEST = 64 << 20  # bytes of a kept answer
 
 

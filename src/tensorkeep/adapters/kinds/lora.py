@@ -8,6 +8,7 @@ The scale s is `Adapter.scale`. The sum of several DoRA updates is against the b
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -259,7 +260,7 @@ def load(term: Term, base_rows: Callable[[], Iterator[tuple[int, Array]]]) -> Fa
         return Factors(whole(term, adapter.biases[term.name]) * term.scale, np.ones((1, 1)))
     pairs = adapter.embeddings if term.kind == "embedding" else adapter.pairs
     a, b = (adapter.array(n, keep=term.experts > 0) for n in pairs[term.name])
-    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    a, b = (x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in (a, b))
     if term.experts and term.piece is not None and term.piece.expert is not None:
         # PEFT holds A expert by expert, B rank by rank
         rank, expert = len(a) // term.experts, term.piece.expert

@@ -181,21 +181,24 @@ def identify(view: StateView, naming: str | None = None) -> Identity:
     paths: Mapping[str, tuple[Any, ...]] = view.metadata.get("paths", {})
     candidates = [module(naming)] if naming else [module(n) for n in NAMINGS]
     best: tuple[tuple[int, int, int], Identity] | None = None
+    ours = view.format in ("hf", "dcp", "pth") and isinstance((view.config or {}).get("model_type"), str)
+    flat = ours and view.format != "pth" and all(len(p) <= 1 for p in paths.values())
     for order, root in enumerate(_roots(view, paths)):
         clean, wrappers, other = _under(view, root)
+        if root and flat and any(why == _outside(root) for why in other.values()):
+            continue  # a module called `model` beside others of the model (MaskFormer's Swin)
         shapes = {name: view[stored].shape for stored, name in clean.items()}
         # names that differ in numbers alone are one kind to every scheme
         kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in clean.values())
         for rank, scheme in enumerate(candidates):
             if hasattr(scheme, "holds") and not scheme.holds(shapes):
                 continue
-            if root and "." in root and scheme.NAME != "hf":
-                continue  # others' names may be what is left of hf's
             known = sum(count for kind, count in kinds.items() if scheme.recognise(kind))
+            if root and "." in root and scheme.NAME != "hf" and 2 * known <= len(clean):
+                continue  # a few of others' names may be what is left of hf's
             score = (known, -order, -rank)
             if known and (best is None or score > best[0]):
                 best = score, Identity(scheme.NAME, root, wrappers, clean, other)
-    ours = view.format in ("hf", "dcp", "pth") and isinstance((view.config or {}).get("model_type"), str)
     least = 2 if ours else 10
     if best is not None and naming is None and least * best[0][0] < len(best[1].names):
         best = None  # two or three names that happen to be another scheme's (GIT's `output.weight`, any `norm.weight`)
@@ -225,7 +228,12 @@ def _claimed(view: StateView, found: Identity) -> Identity:
 
 
 def _roots(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> list[str | None]:
-    """Return the roots to try: none first, then those that the file's nesting or its names suggest, averages last."""
+    """Return the roots to try: none first, then those that the file's nesting or its names suggest, averages last.
+
+    What PEFT wrote is called as the model calls its modules.
+    """
+    if view.format == "peft":
+        return [None]
     heads = {str(p[0]) for p in paths.values() if len(p) > 1} | {_first(n) for n in view}
     heads |= {_first(unwrap(n)[0]) for n in view}
     roots = [r for r in ROOTS if r in heads]
@@ -252,7 +260,7 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
             bare, outer = unwrap(name)
             rest = strip_root(bare, root)
         if reason or rest is None:
-            other[name] = reason or f"not below {root}"
+            other[name] = reason or _outside(root)
             continue
         short, found = unwrap(rest)
         wrappers.update(dict.fromkeys((*outer, *found)))
@@ -264,6 +272,11 @@ def _under(view: StateView, root: str | None) -> tuple[dict[str, str], tuple[str
             f"{doubled} names are equal once wrapper prefixes are removed, first {first}", where=view.path, code="K03"
         )
     return clean, tuple(wrappers), other
+
+
+def _outside(root: str | None) -> str:
+    """Say of a tensor that it is not below a root."""
+    return f"not below {root}"
 
 
 def other_state(name: str, root: str | None) -> str | None:

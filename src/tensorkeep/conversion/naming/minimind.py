@@ -39,6 +39,17 @@ def recognise(name: str) -> bool:
     return fits(name, META) or hf.recognise(name)
 
 
+def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether names that are Meta's alone are the rule: a model of the hub may have a `norm.weight` (LayoutLMv3).
+
+    Args:
+        shapes: by clean name.
+    """
+    hub = {n for n in shapes if hf.recognise(n)}
+    own = [n for n in shapes if n not in hub and fits(n, META)]
+    return not own or len(own) >= len(hub)
+
+
 def table(names: Collection[str], config: Mapping[str, Any] | None) -> list[Row] | None:
     """Return Meta's rows for the oldest generation, by the names or by what the config was made as; None for others."""
     made_as = (config or {}).get("minimind_generation")

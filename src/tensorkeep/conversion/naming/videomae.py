@@ -60,6 +60,10 @@ _TRANSFORMERS_EMBED = "embeddings.patch_embeddings.projection."
 _THIRDS = ("query", "key", "value")  # rows of `attn.qkv.weight`
 
 
+# image transformers, InternVideo2, Qwen's vision tower
+_OTHERS = ("cls_token", "vision_encoder.cls_token", "pos_embed.weight", "merger.norm.weight")
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of an original VideoMAE file.
 
@@ -71,7 +75,7 @@ def recognise(name: str) -> bool:
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether tensors of these shapes are VideoMAE's: image transformers and InternVideo2 share most of the names."""
-    others = "cls_token" in shapes or "vision_encoder.cls_token" in shapes
+    others = any(n in shapes for n in _OTHERS)
     return not others and any(len(shapes.get(name, ())) == 5 for name in _PATCH_EMBEDS)
 
 

@@ -1,0 +1,83 @@
+"""Ties of embeddings and heads where one name says more than it seems, merged as PEFT trained them: T5's, GPT-2's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tensorkeep.cli import main
+from tensorkeep.models.names import model_names
+from tests.test_shared_layers import CAUSAL, SEQ2SEQ, T5, adapted, again, logits, saved
+
+
+@pytest.mark.parametrize("kind", ["t5", "switch_transformers", "umt5", "longt5"])
+def test_a_tie_that_also_says_a_scale_stays_where_head_and_embedding_are_parted(kind: str, tmp_path: Path) -> None:
+    more = {"num_experts": 2} if kind.startswith("switch") else {}
+    saved(kind, tmp_path / "model", SEQ2SEQ, **T5, **more)
+    document = json.loads((tmp_path / "model" / "config.json").read_text())
+    for key in ("tie_word_embeddings", "scale_decoder_outputs"):  # as the hub's older ones have it
+        document.pop(key, None)
+    (tmp_path / "model" / "config.json").write_text(json.dumps(document))
+    model = again(SEQ2SEQ, tmp_path / "model")
+    wanted = logits(adapted(model, tmp_path / "adapter", target_modules=["q"], modules_to_save=["shared"]))
+    assert main(["merge", *(str(tmp_path / n) for n in ("model", "adapter", "out"))]) == 0
+    found = logits(again(SEQ2SEQ, tmp_path / "out"))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_a_model_says_itself_whether_its_tie_is_a_scale_as_well() -> None:
+    scaled = {k: model_names({"model_type": k, **T5}).tie_says_more for k in ("t5", "umt5", "longt5", "mt5", "llama")}
+    assert scaled == {"t5": True, "umt5": True, "longt5": True, "mt5": False, "llama": False}
+
+
+TRAINED: dict[str, tuple[dict[str, Any], int]] = {
+    "shared whole": ({"modules_to_save": ["shared"]}, 0),
+    "both embeddings whole": ({"modules_to_save": ["embed_tokens"]}, 0),
+    "rows of shared, which PEFT ties": ({"trainable_token_indices": {"shared": [3, 4]}}, 0),
+    "rows of both embeddings": ({"trainable_token_indices": {"embed_tokens": [3, 4]}}, 0),
+    "rows of the head, which PEFT does not tie": ({"trainable_token_indices": {"lm_head": [3, 4]}}, 0),
+    "a tie that PEFT does not know": ({"modules_to_save": ["shared"], "ensure_weight_tying": True}, 0),
+    "updates of both embeddings": ({"target_modules": ["embed_tokens"]}, 2),
+}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["tied", "head of its own"])
+@pytest.mark.parametrize("how", TRAINED)
+def test_t5s_three_embeddings_and_its_head_are_merged_as_they_were_trained(
+    how: str, own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved("t5", tmp_path / "model", SEQ2SEQ, **T5, tie_word_embeddings=not own)
+    if own:  # as T5 1.1 and Flan-T5
+        model.lm_head.weight = nn.Parameter(torch.randn(64, 32) * 0.1)
+        model.save_pretrained(tmp_path / "model")
+    given, code = TRAINED[how]
+    trained = adapted(again(SEQ2SEQ, tmp_path / "model"), tmp_path / "adapter", **{"target_modules": ["q"], **given})
+    wanted = logits(trained)
+    words = ["merge", *(str(tmp_path / n) for n in ("model", "adapter", "out"))]
+    assert main(words) == code, capsys.readouterr().err
+    assert not code or "modules share" in capsys.readouterr().err
+    untied = ["--untie", *(() if code else ("--overwrite",))]
+    assert not (code or not own) or main([*words, *untied]) == 0
+    found = logits(again(SEQ2SEQ, tmp_path / "out"))
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["wte"]}, {"target_modules": ["c_attn", "wte"]}])
+def test_a_tie_that_peft_is_asked_to_keep_and_does_not_know_is_broken_as_it_breaks_it(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    saved("gpt2", tmp_path / "model", vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32)
+    model = again(CAUSAL, tmp_path / "model")
+    given = {"target_modules": ["c_attn"], "ensure_weight_tying": True, "fan_in_fan_out": True, **more}
+    wanted = logits(adapted(model, tmp_path / "adapter", **given))
+    words = ["merge", *(str(tmp_path / n) for n in ("model", "adapter", "out"))]
+    if "modules_to_save" not in more:
+        assert main(words) == 2  # it was both that were changed before: logits off by a factor of 200
+        words.append("--untie")
+    assert main(words) == 0
+    assert (logits(again(CAUSAL, tmp_path / "out")) - wanted).abs().max() < 1e-5 * wanted.abs().max()
