@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.meta_rows import rows
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 from tensorkeep.formats.view import StateView
 
 NAME = "minimind"
@@ -34,9 +34,12 @@ COMPUTED = ("freqs_cos", "freqs_sin", "pos_cis")
 GENERATIONS = {"mm3": "qwen3", "mm2": "llama", "mm2a": "llama"}
 
 
+_fits = matcher(META)
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of MiniMind's, of any generation."""
-    return fits(name, META) or hf.recognise(name)
+    return _fits(name) or hf.recognise(name)
 
 
 def table(names: Collection[str], config: Mapping[str, Any] | None) -> list[Row] | None:
