@@ -75,7 +75,9 @@ def _wanted(key: str, value: Any) -> str | None:
     plain = isinstance(value, int) and not isinstance(value, bool)
     if key in _WHOLE:  # some models have one for each layer
         whole = plain or (isinstance(value, list) and value and all(type(v) is int for v in value))
-        return None if whole else "a whole number"
+        if not whole:
+            return "a whole number"
+        return "a whole number from 0 on" if min(value if isinstance(value, list) else [value]) < 0 else None
     if key in _NUMBER:
         return None if plain or isinstance(value, float) else "a number"
     for keys, kind, spoken in (
