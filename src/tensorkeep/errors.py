@@ -15,6 +15,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Iterable
+from urllib.parse import unquote
 
 # what code of other people raises of odd values, or where it is called out of its usual place (NotImplementedError and
 # RecursionError are RuntimeErrors, UnicodeError is a ValueError)
@@ -123,6 +124,7 @@ def visible(text: str) -> str:
 # line ends and tabs; spaces that Unicode calls unprintable, which Chinese and French texts are full of; joiners
 _PLAIN = frozenset("\n\t\xa0\u1680\u202f\u205f\u3000\u200c\u200d" + "".join(map(chr, range(0x2000, 0x200B))))
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/{1,3})([^\s/?#'\"`]*@)?([^\s?'\"`]*)(\?[^\s'\"`]*)?")
+_TOKEN = re.compile(r"#[^#]*=.*")  # in a fragment
 
 
 def masked(text: str) -> str:
@@ -137,7 +139,26 @@ def masked(text: str) -> str:
     """
     if ":/" not in text:
         return text
-    return _URL.sub(lambda m: f"{m[1]}{'***@' if m[2] else ''}{m[3]}{'?***' if m[4] else ''}", text)
+    return _URL.sub(lambda m: f"{m[1]}{'***@' if m[2] else ''}{_TOKEN.sub('#***', m[3])}{'?***' if m[4] else ''}", text)
+
+
+def untold(text: str, url: object) -> str:
+    """Return what a library says of a URL without the URL's user name, password and token, however it repeats them.
+
+    Args:
+        text: the library's message.
+        url: what it was asked for.
+
+    Example:
+        >>> untold('Invalid bucket name "key:secret@bucket"', "s3://key:secret@bucket/a")
+        'Invalid bucket name "***@bucket"'
+    """
+    found = _URL.match(str(url))
+    user = found[2][:-1] if found and found[2] else ""
+    secrets = {user, *user.split(":")}
+    for secret in sorted(secrets | {unquote(s) for s in secrets}, key=len, reverse=True):
+        text = text.replace(secret, "***") if secret else text
+    return text
 
 
 def word(value: object) -> str:

@@ -323,7 +323,8 @@ def _rows_of_whole_blocks(made: ComputedTensor, kind: Encoding | None) -> int:
 def _square(values: Array) -> float:
     """Return the sum of squares."""
     flat = values.reshape(-1)
-    return float(np.dot(flat, flat))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by name
+        return float(np.dot(flat, flat))
 
 
 def _count_share(moved: Moved, index: int, weights: Array, change: Array) -> None:

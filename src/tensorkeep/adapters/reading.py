@@ -93,8 +93,8 @@ class Adapter:
         return found
 
     def rank(self, module: str) -> int:
-        """Return the rank of a module's pair: the rows of A."""
-        return self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape[0]
+        """Return the rank of a module's pair: the rows of A; 0 where that is a number or empty."""
+        return next(iter(self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape), 0)
 
     def scale(self, module: str, of: str | None = None, rank: int | None = None) -> float | None:
         """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense.
@@ -108,7 +108,7 @@ class Adapter:
         alpha: Any = pattern(self.document.get("alpha_pattern"), called) or self.document.get(
             "lora_alpha", None if self.document else rank
         )
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9:
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9 or not rank:
             return None
         return float(alpha) / (math.sqrt(rank) if self.rslora else rank)
 

@@ -8,6 +8,8 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import matches, near_pattern
 from tensorkeep.formats.view import read
 
+_MOST = 2000  # groups of tensors in a table for a person
+
 
 def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = False, say: Say = Say()) -> int:
     """Show what is in a checkpoint: format, naming, tensors, sizes, ties, quantization, step.
@@ -41,7 +43,10 @@ def inspect(checkpoint: str, /, *, tensors: str | None = None, digests: Flag = F
         out.line(line)
     columns = ["tensor", "dtype", "shape", "bytes", "file"] + (["xxh3_128"] if digests else [])
     rows = inspection.rows(view, chosen, found, gathered=tensors is None and not digests)
-    out.table(columns, rows, right=["bytes"])
+    shown = _MOST if tensors is None else len(rows)
+    out.table(columns, rows[:shown], right=["bytes"])
+    if rows[shown:]:
+        out.line(f"and {len(rows) - shown:,} more rows: --tensors PATTERN shows those that fit, --json all")
     for note in view.notes:
         out.remark(f"note: {note.code} {note.message}")
     return 0

@@ -13,11 +13,14 @@ from tensorkeep.conversion.planned import planned
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats import table as formats
 from tensorkeep.formats.names import grouped
-from tensorkeep.quantization.stored import QuantizedWeight, find_quantized, members
+from tensorkeep.formats.view import StateView
+from tensorkeep.quantization.bare import SCALED_METHODS, fills_range, without_scales
+from tensorkeep.quantization.stored import FLOAT8, QuantizedWeight, find_quantized, members
 from tensorkeep.storage.certificate import parse_json
 from tensorkeep.storage.record import DTYPES
 
 Shapes = Mapping[str, tuple[int, ...]]
+_LOOKED_AT = 3  # fp8 weights of a file that were scaled were all scaled
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,7 @@ def _plain(sink: Sink, config: Mapping[str, Any]) -> tuple[dict[str, Offer], boo
     flawed = [p for w in weights.values() for p in w.problems]
     if flawed:
         raise TensorkeepError(flawed[0].message, where=sink.plan.sources[0].path, code=flawed[0].code)
+    _refuse_bare(sink, settings.get("quant_method") in SCALED_METHODS)
     method = settings.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in settings else "unnamed")
     asked = sink.programs.quantizes(config) if sink.programs.quantizes and method == "bitsandbytes" else None
     if asked is None:
@@ -233,6 +237,32 @@ def _refuse_codes(sink: Sink, weights: Mapping[str, QuantizedWeight]) -> None:
             code="Q01",
             hint="give a config.json that has it: --config FOLDER",
         )
+    _refuse_bare(sink)
+
+
+def _refuse_bare(sink: Sink, scaled: bool = False) -> None:
+    """Stop where fp8 codes lie without their scales (Q01); plain casts to fp8, whose values are small, may pass.
+
+    Args:
+        sink: what is planned.
+        scaled: whether the config says that they had some.
+    """
+    for index, view in enumerate(sink.plan.sources):
+        written = {p.name for s in sink.plan.steps if s.sink is not None for p in s.parts if p.source == index}
+        bare = [n for n in without_scales(view, find_quantized(view)) if n in written] if _float8(view) else []
+        if (bare and scaled) or any(fills_range(view, n) for n in bare[:_LOOKED_AT]):
+            raise TensorkeepError(
+                f"{bare[0]} (of {len(bare)}) holds fp8 codes whose scales are not in the file: transformers would take "
+                "the codes for weights",
+                where=view.path,
+                code="Q01",
+                hint="get the file again, with its scales; --to safetensors or pth copies it as it is",
+            )
+
+
+def _float8(view: StateView) -> bool:
+    """Whether a checkpoint stores fp8."""
+    return any(r.dtype in FLOAT8 for r in view.values())
 
 
 def _refuse_misplaced(

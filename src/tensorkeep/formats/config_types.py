@@ -74,10 +74,11 @@ def _wanted(key: str, value: Any) -> str | None:
         return None
     plain = isinstance(value, int) and not isinstance(value, bool)
     if key in _WHOLE:  # some models have one for each layer, or for each part (LXMERT)
-        many = list(value.values()) if isinstance(value, Mapping) else value
+        many = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
         plain = plain or (isinstance(value, float) and value.is_integer())  # 1200.0: Music Flamingo's positions
-        whole = plain or (isinstance(many, list) and many and all(type(v) is int for v in many))
-        return None if whole else "a whole number"
+        if not (plain or (many and all(type(v) is int for v in many))):
+            return "a whole number"
+        return "a whole number from 0 on" if min(many) < 0 else None
     if key in _NUMBER:
         return None if plain or isinstance(value, float) else "a number"
     for keys, kind, spoken in (

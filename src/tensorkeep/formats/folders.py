@@ -76,6 +76,9 @@ def read(folder: Folder, names: list[str], path: str) -> view.StateView:
         place, below, own, count = found
         if own and count > 1:
             notes.append(view.Note("F08", f"{below.name} is read, of {count} such folders in {at.path.name}"))
+        said = layouts.pointed(at.path, place)
+        if said and layouts.named_by(said, place, [below]) is None:
+            notes.append(view.Note("F08", f"{below.name} is read; {place.pointer} names {said[:60]!r}, not there"))
         hops.append(below.name)
         writers.append(place.writer)
         home = below if own else at.path

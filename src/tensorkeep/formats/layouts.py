@@ -13,11 +13,13 @@ A new program is a new row. Names are regular expressions that fit from beginnin
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.files import LocalFolder
 
 if TYPE_CHECKING:
@@ -187,12 +189,26 @@ def place_in(folder: Path, rows: Iterable[Place]) -> tuple[Place, Path, int] | N
 
     Returns:
         The row that fits, the folder, and how many there are to choose from; None where none is there.
+
+    Raises:
+        TensorkeepError: F05 where there are several, and the pointer names another that is not there.
     """
     below = [entry for entry in folder.iterdir() if entry.is_dir()]
     for row in rows:
         fitting = [entry for entry in below if re.fullmatch(row.name, entry.name) and any(entry.iterdir())]
-        if fitting:
-            return row, _named(folder, row, fitting) or max(fitting, key=partial(_number, row)), len(fitting)
+        if not fitting:
+            continue
+        said, newest = pointed(folder, row), max(fitting, key=partial(_number, row))
+        named = named_by(said, row, [*fitting, *below]) if said else newest
+        if named is None and len(fitting) > 1:
+            names = ", ".join(sorted(entry.name for entry in fitting)[:4])
+            raise TensorkeepError(
+                f"{row.pointer} names {said[:60]!r}, which is none of the {len(fitting)} saves there: {names}",
+                where=str(folder),
+                code="F05",
+                hint=f"name the one that you mean, such as {shlex.quote(str(newest))}",
+            )
+        return row, named or newest, len(fitting)
     return None
 
 
@@ -202,14 +218,35 @@ def _number(row: Place, path: Path) -> tuple[int, str]:
     return int(re.sub(r"\D", "", found)[:18] or "0"), path.name
 
 
-def _named(folder: Path, row: Place, fitting: list[Path]) -> Path | None:
-    """Return the folder that the program's own pointer file names, where it is there."""
+def pointed(folder: Path, row: Place) -> str:
+    """Return what a program's own pointer file says, "" where there is none.
+
+    Args:
+        folder: in which the saves lie.
+        row: of the program.
+    """
     pointer = folder / row.pointer if row.pointer else None
     if pointer is None or not pointer.is_file() or pointer.stat().st_size > 1024:
-        return None
-    said = pointer.read_text("utf-8", "replace").strip()
+        return ""
+    return pointer.read_text("utf-8", "replace").strip()
+
+
+def named_by(said: str, row: Place, folders: Iterable[Path]) -> Path | None:
+    """Return the folder that a pointer names, by its name or its number; None where it is none of them.
+
+    Args:
+        said: what the pointer says.
+        row: of the program.
+        folders: to choose from.
+    """
     return next(
-        (p for p in fitting if p.name == said or (said.isdigit() and _number(row, p)[0] == int(said[:18]))), None
+        (
+            p
+            for p in folders
+            if p.name == said
+            or (said.isdecimal() and re.fullmatch(row.name, p.name) and _number(row, p)[0] == int(said[:18]))
+        ),
+        None,
     )
 
 

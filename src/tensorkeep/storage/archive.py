@@ -49,7 +49,7 @@ torch._utils._rebuild_parameter_with_state torch._tensor._rebuild_from_type_v2
 torch.Size torch.device torch.Tensor torch.nn.parameter.Parameter torch.nn.Parameter torch.serialization._get_layout
 collections.OrderedDict collections.defaultdict collections.Counter
 builtins.set builtins.frozenset builtins.dict builtins.list builtins.int builtins.float builtins.bool builtins.str
-builtins.complex builtins.bytearray __builtin__.set __builtin__.dict __builtin__.list
+builtins.complex builtins.bytearray builtins.range __builtin__.set __builtin__.dict __builtin__.list __builtin__.xrange
 argparse.Namespace _codecs.encode datetime.datetime datetime.timedelta
 pathlib.PosixPath pathlib.PurePosixPath pathlib._local.PosixPath pathlib._local.PurePosixPath
 numpy.core.multiarray.scalar numpy._core.multiarray.scalar

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, untold
 from tensorkeep.storage.files import absent
 
 # org/name@revision, with the characters that the Hub allows; a revision may be a branch with slashes
@@ -139,7 +139,7 @@ def _download(huggingface_hub: Any, repository: str, revision: str | None, path:
     except (OSError, ValueError, getattr(getattr(huggingface_hub, "errors", None), "HTTPError", OSError)) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TensorkeepError(
-            f"no such file or folder, not in the Hub cache, and the Hub gave: {first[:200]}",
+            f"no such file or folder, not in the Hub cache, and the Hub gave: {untold(first[:200], path)}",
             where=path,
             code="F05",
             hint="check the name; for a private or gated model: hf auth login",

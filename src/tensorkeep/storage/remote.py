@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from tensorkeep.errors import TensorkeepError
+from tensorkeep.errors import TensorkeepError, untold
 from tensorkeep.storage._ahead import Ahead
 from tensorkeep.storage.files import Folder, inside, short_file
 from tensorkeep.storage.s3 import failures, get_range, speaks_s3, unfinished
@@ -240,11 +240,13 @@ def explained_store(where: object) -> Iterator[None]:
         raise StoreFailed("no such file or folder", where=where, hint="check the URL", code="F05") from None
     except PermissionError as error:
         raise StoreFailed(
-            f"permission denied: {error}", where=where, hint="check the credentials and the bucket's policy"
+            f"permission denied: {untold(str(error), where)}",
+            where=where,
+            hint="check the credentials and the bucket's policy",
         ) from None
     except failures() as error:
         hint = "check the network, the endpoint and the credentials, then run again"
-        raise StoreFailed(f"{type(error).__name__}: {error}", where=where, hint=hint) from None
+        raise StoreFailed(f"{type(error).__name__}: {untold(str(error), where)}", where=where, hint=hint) from None
 
 
 def parent_of(url: str) -> str:

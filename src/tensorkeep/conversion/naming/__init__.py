@@ -29,7 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -284,7 +284,7 @@ def other_state(name: str, root: str | None) -> str | None:
     return _other_state(_first(name), _first(root) if root else root)
 
 
-@cache
+@lru_cache(1 << 14)
 def _other_state(first: str, root: str | None) -> str | None:
     if first == root:
         return None
@@ -292,7 +292,15 @@ def _other_state(first: str, root: str | None) -> str | None:
         return "another copy of the model" if first not in EMA_ROOTS else "EMA copy of the model"
     if first in OTHER_STATE:
         return OTHER_STATE[first]
+    if not _numbered_state().fullmatch(first):
+        return None
     return next((what for word, what in OTHER_STATE.items() if re.fullmatch(rf"{word}s?[-_]?\d*", first)), None)
+
+
+@cache
+def _numbered_state() -> re.Pattern[str]:
+    """Return the expression of all words of `OTHER_STATE`, with a plural and a number."""
+    return re.compile(rf"(?:{'|'.join(OTHER_STATE)})s?[-_]?\d*")
 
 
 def _container(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.gguf_config import hf_config
 
@@ -84,6 +84,7 @@ FAMILIES = {
     ],
 }
 _ALL = [row for rows in FAMILIES.values() for row in rows]
+_fits = matcher(_ALL)
 
 
 @lru_cache(1 << 14)
@@ -93,7 +94,7 @@ def recognise(name: str) -> bool:
     >>> recognise("blk.0.attn_q.weight"), recognise("model.layers.0.self_attn.q_proj.weight")
     (True, False)
     """
-    return name.startswith("blk.") or name in COMPUTED or fits(name, _ALL)
+    return name.startswith("blk.") or name in COMPUTED or _fits(name)
 
 
 def table(_names: object, config: Mapping[str, Any] | None) -> list[Row]:

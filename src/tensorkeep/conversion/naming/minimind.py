@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorkeep.conversion.naming import hf
 from tensorkeep.conversion.naming.meta_rows import rows
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 from tensorkeep.formats.view import StateView
 
 NAME = "minimind"
@@ -34,9 +34,12 @@ COMPUTED = ("freqs_cos", "freqs_sin", "pos_cis")
 GENERATIONS = {"mm3": "qwen3", "mm2": "llama", "mm2a": "llama"}
 
 
+_fits = matcher(META)
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of MiniMind's, of any generation."""
-    return fits(name, META) or hf.recognise(name)
+    return _fits(name) or hf.recognise(name)
 
 
 def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -46,7 +49,7 @@ def holds(shapes: Mapping[str, tuple[int, ...]]) -> bool:
         shapes: by clean name.
     """
     hub = {n for n in shapes if hf.recognise(n)}
-    own = [n for n in shapes if n not in hub and fits(n, META)]
+    own = [n for n in shapes if n not in hub and _fits(n)]
     return not own or len(own) >= len(hub)
 
 

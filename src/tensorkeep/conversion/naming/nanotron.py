@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from tensorkeep.conversion.naming.table import Cut, Row, fits
+from tensorkeep.conversion.naming.table import Cut, Row, matcher
 from tensorkeep.errors import TensorkeepError
 
 NAME = "nanotron"
@@ -42,13 +42,16 @@ FAMILIES = {"half": _rows(False), "interleaved": _rows(True)}
 _KNOWN = ("llama", "qwen2")
 
 
+_fits = matcher(FAMILIES["half"])
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of nanotron's.
 
     >>> recognise("model.decoder.3.pp_block.mlp.down_proj.weight"), recognise("model.decoder.layers.0.fc1.weight")
     (True, False)
     """
-    return fits(name, FAMILIES["half"])
+    return _fits(name)
 
 
 def family(names: Iterable[str], config: dict[str, Any] | None) -> str:

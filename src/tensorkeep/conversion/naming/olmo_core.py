@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 from tensorkeep.errors import TensorkeepError
 
 NAME = "olmo-core"
@@ -63,13 +63,16 @@ _REASONS = {
 _TOOL = "src/examples/huggingface/convert_checkpoint_to_hf.py of OLMo-core"
 
 
+_fits = matcher(FAMILIES["gemma3_text"])
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of OLMo-core's.
 
     >>> recognise("blocks.0.attention.w_q.weight"), recognise("lm_head.weight")
     (True, False)
     """
-    return (name.startswith("blocks.") and ".feed_forward_moe" in name) or fits(name, FAMILIES["gemma3_text"])
+    return (name.startswith("blocks.") and ".feed_forward_moe" in name) or _fits(name)
 
 
 def family(names: Iterable[str], config: dict[str, Any] | None) -> str:

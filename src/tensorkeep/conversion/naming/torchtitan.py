@@ -14,7 +14,7 @@ from typing import Any
 
 from tensorkeep.conversion.naming import torchtitan_models as models
 from tensorkeep.conversion.naming.meta_rows import experts, rows
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 from tensorkeep.errors import TensorkeepError
 
 NAME = "torchtitan"
@@ -37,6 +37,7 @@ COMPUTED = ("freqs_cis", "rope_cache", "rope.cache")
 
 _ALL = [row for rows in FAMILIES.values() for row in rows]
 _ALL += [row for own in ("deepseek_v3",) for row in models.further(FAMILIES[own], 0, 1)]
+_fits = matcher(_ALL)
 # what no other family has in its names; towers that see come with a config, which says which text they serve
 _MARKS = (
     ("attention.wkv_a.", "deepseek_v3"),
@@ -50,7 +51,7 @@ _MARKS = (
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of torchtitan's own."""
     # `norm` and `lm_head` are everybody's; they count once something of our own stands beside them
-    return name in COMPUTED or (fits(name, _ALL) and not name.startswith("lm_head."))
+    return name in COMPUTED or (_fits(name) and not name.startswith("lm_head."))
 
 
 def table(names: Collection[str], config: Mapping[str, Any] | None) -> list[Row]:

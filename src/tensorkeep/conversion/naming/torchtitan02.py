@@ -7,7 +7,7 @@ from typing import Any
 
 from tensorkeep.conversion.naming import torchtitan
 from tensorkeep.conversion.naming.meta_rows import experts, rows
-from tensorkeep.conversion.naming.table import fits
+from tensorkeep.conversion.naming.table import matcher
 from tensorkeep.conversion.naming.torchtitan import COMPUTED, dropped_by_loader
 from tensorkeep.errors import TensorkeepError
 
@@ -31,9 +31,12 @@ EXPERTS = experts("experts", "w1", "w2", "w3")
 FAMILIES = {"llama3": rows("", "output", [], rope=True), "qwen3": rows("", "output", EXPERTS, rope=False)}
 
 
+_fits = matcher(FAMILIES["qwen3"])
+
+
 def recognise(name: str) -> bool:
     """Whether a (clean) name is one of torchtitan's before 0.3, or of Meta's."""
-    return name in COMPUTED or fits(name, FAMILIES["qwen3"])
+    return name in COMPUTED or _fits(name)
 
 
 def family(names: Iterable[str], config: dict[str, Any] | None) -> str:

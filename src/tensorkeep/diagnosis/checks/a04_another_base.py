@@ -118,6 +118,8 @@ def _rows(adapter: Adapter, base: Base) -> list[tuple[float, float]]:
             continue
         a, b = (adapter.view.array(n).astype(np.float32) for n in adapter.pairs[module])
         weight, magnitude = base.values(name), adapter.view.array(stored).astype(np.float32).reshape(-1)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            continue  # A02 says so
         if weight.shape != (b.shape[0], a.shape[1]) or magnitude.shape != weight.shape[:1] or magnitude.size < 16:
             continue
         lengths = np.sqrt(np.sum(np.square(weight + scale * (b @ a)), axis=1))

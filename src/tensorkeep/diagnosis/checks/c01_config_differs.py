@@ -27,10 +27,11 @@ from tensorkeep.conversion.naming import hf
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.diagnosis.evidence.config_fields import against_shapes, differences
 from tensorkeep.diagnosis.evidence.remedy import Remedies
-from tensorkeep.errors import shown, word
+from tensorkeep.errors import TensorkeepError, shown, word
 from tensorkeep.findings import Finding
 from tensorkeep.formats.config_types import odd_fields
 from tensorkeep.formats.view import StateView
+from tensorkeep.storage.budget import check_config
 from tensorkeep.storage.certificate import parse_json
 
 CODE = "C01"
@@ -58,6 +59,7 @@ def check(case: Case) -> Iterator[Finding]:
         against = "the reference's" if not found else "the weights and the reference's"
         found |= {k: v for k, v in differences(case.config, case.reference_config).items() if not _explained(case, k)}
     if not found:
+        yield from _unbelievable(case.config, case.view)
         return
     told = ", ".join(f"{k} {shown(mine)} (is {shown(theirs)})" for k, (mine, theirs) in list(found.items())[:4])
     copy = (
@@ -84,6 +86,14 @@ def _odd(view: StateView) -> Iterator[Finding]:
 def _has_this_embedding(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Say whether the config's own model has the stored embedding's shape: Mllama's has eight rows more."""
     return case.names is not None and case.names.file.get(hf.EMBEDDING) == shapes[hf.EMBEDDING]
+
+
+def _unbelievable(config: Mapping[str, Any], view: StateView) -> Iterator[Finding]:
+    """Report numbers of a model that nobody has: no other check builds it to compare."""
+    try:
+        check_config(config, "config.json", sum(record.nbytes for record in view.values()))
+    except TensorkeepError as error:
+        yield Finding(CODE, "error", f"config.json cannot be loaded: {error.what}", (), fix=error.hint)
 
 
 def _explained(case: Case, field: str) -> bool:

@@ -38,13 +38,11 @@ from tensorkeep.diagnosis.evidence import quantized as quant_evidence
 from tensorkeep.diagnosis.evidence.case import Case
 from tensorkeep.errors import Inconclusive
 from tensorkeep.findings import Finding
-from tensorkeep.formats.arrays import np_dtype
 from tensorkeep.quantization import stored as quantized
+from tensorkeep.quantization.bare import SCALED_METHODS, fills_range, without_scales
 from tensorkeep.storage.record import DTYPES
 
 CODE = "Q01"
-_SCALED_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
-_LARGEST_PLAIN = 100.0  # a weight above this was scaled to fill fp8's range; weights of models end near 10
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -128,25 +126,13 @@ def _clean(case: Case, name: str) -> str:
 def _float8(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
     """Find fp8 weights that lack scales: other weights or the config have some, or their values are scaled ones."""
     assert case.view is not None
-    bare = [
-        n
-        for n, r in case.view.items()
-        if r.dtype in quantized.FLOAT8 and n.endswith(".weight") and n not in found and len(r.shape) > 1
-    ]
+    bare = without_scales(case.view, found)
     if not bare:
         return []
     method = _settings(case).get("quant_method")
-    if method in _SCALED_METHODS or any(w.kind == "fp8" for w in found.values()):
+    if method in SCALED_METHODS or any(w.kind == "fp8" for w in found.values()):
         return bare
-    return [n for n in bare if _fills_range(case, n)]
-
-
-def _fills_range(case: Case, name: str) -> bool:
-    """Say whether a tensor has values that only scaling to the range of fp8 gives."""
-    assert case.view is not None
-    dtype = np_dtype(case.view[name].dtype)
-    pieces = (np.frombuffer(p, dtype).astype(np.float32) for p in case.view.stream(name) if len(p))
-    return max((float(np.nanmax(np.abs(values))) for values in pieces), default=0.0) > _LARGEST_PLAIN
+    return [n for n in bare if fills_range(case.view, n)]
 
 
 def _typed_storage(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:

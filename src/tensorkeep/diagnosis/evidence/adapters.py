@@ -137,6 +137,7 @@ def share(adapter: Adapter, module: str, weight: Array) -> Share | None:
         or a.ndim != 2
         or b.ndim != 2
         or weight.ndim != 2
+        or a.shape[0] != b.shape[1]
         or module in adapter.magnitudes
         or module in adapter.turned
     ):

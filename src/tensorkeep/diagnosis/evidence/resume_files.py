@@ -55,7 +55,7 @@ def damaged_files(view: StateView, whole: bool) -> Iterator[Finding]:
         One error (F02, F03 or F07) for each file, which the message names.
     """
     names = view.folder.names()
-    if Path(view.path).name in names:
+    if Path(view.path).name in names and not Path(view.path).is_dir():
         return
     own = {b.file for r in view.values() for b in r.blocks}
     for name in sorted(set(names) - own - set(COMPANIONS)):
