@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,26 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_and_training_may_
     saver.save(state(4))
     saver.close()
     assert intact(tmp_path, 4) == 4 and steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_what_must_be_first_is_done_by_the_writer_before_the_checkpoint_is_in_place(
+    background: bool, tmp_path: Path
+) -> None:
+    seen: list[tuple[bool, list[int]]] = []
+
+    def fails() -> None:
+        raise TensorkeepError("the rows are gone", where=tmp_path)
+
+    saver = Saver(tmp_path, KEEP, background=background)
+    saver.save(state(1), lambda: seen.append((threading.current_thread() is threading.main_thread(), steps(tmp_path))))
+    saver.wait()
+    assert seen == [(not background, [])] and steps(tmp_path) == [1]
+    with pytest.raises(TensorkeepError, match="the rows are gone"):
+        saver.save(state(2), fails)
+        saver.wait()
+    saver.close()
+    assert steps(tmp_path) == [1] and intact(tmp_path, 1) == 1
 
 
 def test_killed_at_random_instants_no_acknowledged_checkpoint_is_lost(tmp_path: Path) -> None:

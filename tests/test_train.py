@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.output import Output
+from tensorkeep.training import metrics
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training._evaluating import best_step, evaluated, stops_early
 from tensorkeep.training.job import Job, Loop
@@ -249,3 +250,16 @@ def test_a_dead_run_holds_no_lock_in_its_own_process(tmp_path: Path) -> None:
     with pytest.raises(BaseException):  # noqa: B017
         fit(dying(small_job(), 2), tmp_path, LOOP)
     assert fit(small_job(), tmp_path, LOOP).reason == "done"
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_rows_are_on_the_disk_before_the_checkpoint_of_their_step(
+    background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, list[int]]] = []
+    monkeypatch.setattr(
+        metrics, "sync", lambda _: seen.append((rows(tmp_path)[-1]["step"], checkpoint.steps(tmp_path)))
+    )
+    fit(small_job(), tmp_path, replace(LOOP, save_every=2, keep=Keep(9), background=background))
+    for step, (newest, there) in zip((2, 4, 6), seen, strict=True):
+        assert newest >= step and step not in there and set(there) == set(range(2, step, 2))

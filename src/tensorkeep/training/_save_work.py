@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class Work:
     document: bytes
     staged: Staged | None
     started: float
+    first: Callable[[], None] | None
     seconds: float = field(default=0.0)
 
     def carry_out(self) -> Path:
@@ -47,6 +49,8 @@ class Work:
         try:
             with explained(self.run):
                 run_folder.make_folder(final.parent)
+                if self.first is not None:
+                    self.first()
                 os.mkdir(temporary)  # noqa: PTH102  the fault-injecting tests count os-level calls
                 self._write(temporary)
                 sync_folder(temporary)

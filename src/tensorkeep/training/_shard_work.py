@@ -52,6 +52,7 @@ class ShardWork:
     staged: Staged | None
     started: float
     hosts: Hosts | None = None
+    first: Callable[[], None] | None = None
     seconds: float = field(default=0.0)
     report: Report | None = field(default=None)
 
@@ -82,6 +83,8 @@ class ShardWork:
     def _written(self) -> Report | TensorkeepError:
         """Write this rank's file; an error is for all ranks."""
         try:
+            if self.first is not None:
+                self.first()
             image = self.staged.wait().get(self.part.share.layout.name) if self.staged is not None else None
             share, keys = self.part.share, {item.at: key for key, item in self.part.share.items.items()}
             source = image if image is not None else source_of(share, lambda at: self.part.tensors[keys[at]])

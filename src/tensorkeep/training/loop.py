@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -218,9 +219,8 @@ def _save(run: Run) -> None:
             run.job, run.loop, run.world, run.step, run.samples, run.scaler, run.evaluations, run.data, run.names
         )
         if run.saver:
-            if run.world.first:
-                metrics.sync(run.folder / metrics.METRICS)
-            run.saver.save(state)
+            rows = partial(metrics.sync, run.folder / metrics.METRICS) if run.world.first else None
+            run.saver.save(state, rows)
     if run.saver and run.world.first and (why := run.saver.refusal()):
         run.say.remark(f"note: memory for saves is not page-locked ({why}): each save holds training for its copy")
 

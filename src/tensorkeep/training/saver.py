@@ -134,10 +134,14 @@ class Saver:
             self._lock.close()
             raise
 
-    def save(self, state: State) -> None:
+    def save(self, state: State, first: Callable[[], None] | None = None) -> None:
         """Save a checkpoint, after waiting for the save before it; errors as those of the function `save`.
 
         Of a state in shards every rank must call it.
+
+        Args:
+            state: the run's state.
+            first: what must have been done before the checkpoint is in place; whoever writes does it.
         """
         started = time.perf_counter()
         self.wait()
@@ -159,7 +163,7 @@ class Saver:
         step = state.document["step"]
         work: Work | ShardWork
         if part is None:
-            work = Work(self.run, self.keep, step, base, lost, files, document, self._staged, started)
+            work = Work(self.run, self.keep, step, base, lost, files, document, self._staged, started, first)
         else:
             from tensorkeep.training._shard_commit import About
             from tensorkeep.training._shard_work import ShardWork
@@ -168,7 +172,9 @@ class Saver:
             about = About(step, base, lost, {STATE: document}, named)
             if self._staged is not None:
                 part = part._replace(tensors={})
-            work = ShardWork(self.run, self.keep, step, self.world, part, about, self._staged, started, self.hosts)
+            work = ShardWork(
+                self.run, self.keep, step, self.world, part, about, self._staged, started, self.hosts, first
+            )
         if background:
             self._hook = self._hook or (register_optimizer_step_pre_hook(self._before) if on_device else None)
             self._fly(lambda: self._finish(work, tidy=True))
