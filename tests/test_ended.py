@@ -50,9 +50,15 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def sending(number: int, at: int, before: bool = True) -> list[str]:
+def sending(patch: pytest.MonkeyPatch, number: int, at: int, before: bool = True) -> list[str]:
     """Send this process a signal in the call of that number, counted over all steps; gives the calls made."""
     calls: list[str] = []
+
+    def send() -> None:
+        usual = (signal.SIG_DFL, signal.default_int_handler)
+        assert number == signal.SIGKILL or signal.getsignal(number) not in usual, "nobody would answer"
+        os.kill(os.getpid(), number)
+
     for owner, name in STEPS:
         real = getattr(owner, name)
 
@@ -60,13 +66,13 @@ def sending(number: int, at: int, before: bool = True) -> list[str]:
             calls.append(name)
             here = len(calls) == at
             if here and before:
-                os.kill(os.getpid(), number)
+                send()
             made = real(*args, **options)
             if here and not before:
-                os.kill(os.getpid(), number)
+                send()
             return made
 
-        setattr(owner, name, call)
+        patch.setattr(owner, name, call)
     return calls
 
 
@@ -76,15 +82,22 @@ def silent() -> None:
 
 
 def converted(words: list[str], number: int, at: int, before: bool = True) -> int:
-    """Run a command in a child that gets a signal in that call; its exit status (200: the call never came)."""
+    """Run a command that gets a signal in that call; its exit status (200: the call never came).
 
-    def work() -> None:
+    It runs in this process, so that no process's end cleans up for it; in a forked one where the signal is a kill.
+    """
+
+    def work() -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            calls = sending(patch, number, at, before)
+            code = main(words)
+        return code if code or len(calls) >= at else 200
+
+    def killed() -> None:
         silent()
-        calls = sending(number, at, before)
-        code = main(words)
-        os._exit(code if code or len(calls) >= at else 200)
+        os._exit(work())
 
-    return in_child(work)
+    return in_child(killed) if number == signal.SIGKILL else work()
 
 
 @pytest.mark.parametrize("name", SINKS)

@@ -304,7 +304,8 @@ def test_smollm2_equals_transformers_and_its_loss_is_known(tmp_path: Path, monke
         ).state_dict()
     model = demo.load_hf(tmp_path / "hf")
     assert [n for n, t in model.state_dict().items() if not torch.equal(t, theirs[n].bfloat16())] == []
-    assert math.isclose(demo.loss(model, demo.token_ids(tmp_path / "hf")), 2.89, abs_tol=0.15)
+    first = demo.token_ids(tmp_path / "hf")[:1]  # of the four rows of the demo, whose loss is 2.886
+    assert math.isclose(demo.loss(model, first), 2.9495, abs_tol=0.002)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     document = json.loads((tmp_path / "hf" / "tokenizer.json").read_text())
     # SmolLM2's own tokenizer.json says the same: single digits first, then GPT-2's cuts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,7 @@ def test_a_run_that_was_cut_ends_bitwise_where_the_whole_one_ends(tmp_path: Path
     document["training"] |= {"ema": 0.9, "save_every": 2, "evaluate_every": 3, "best": "-loss", "micro_batch": 2}
     trained(document, tmp_path / "whole")
     # cut: the first checkpoints of the whole run, and rows from after them
-    cut = tmp_path / "cut"
-    trained(document, cut)
+    cut = Path(shutil.copytree(tmp_path / "whole", tmp_path / "cut"))
     for step in (6, 4):
         checkpoint.run_folder.delete(cut, [step]) if step in checkpoint.steps(cut) else None
     assert trained(document, cut).level == "exact"
@@ -168,7 +168,7 @@ def test_an_adapter_run_keeps_the_adapter_alone_and_goes_on_bitwise(tmp_path: Pa
         optimizer={"groups": [{"pattern": "lora_B", "lr": 2e-3}]},
     )
     trained(document, tmp_path / "whole")
-    trained(document, tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     checkpoint.run_folder.delete(tmp_path / "cut", [6])
     outcome = trained(document, tmp_path / "cut")
     assert outcome.level == "exact"

@@ -581,6 +581,7 @@ def test_a_run_is_to_the_bit_the_same_and_its_second_epoch_opens_no_video(
 
     changes: dict[str, Any] = {"window_size": 32, "data__crop_ratio": None, "data__augment__crop": "resized"}
     changes |= {"training__workers": workers, "training__evaluate_every": None, "training__best": None}
+    changes["training__epochs"] = 3
     trained(runs.recipe(data, **changes), tmp_path / "without")
     cached = runs.recipe(data, **changes, data__cache=str(tmp_path / "cache"))
     runs.killed(cached, tmp_path / "with", 4)  # in the second epoch
@@ -592,7 +593,7 @@ def test_a_run_is_to_the_bit_the_same_and_its_second_epoch_opens_no_video(
 
 
 def test_evaluations_are_the_same_and_decode_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, cached = runs.recipe(data), runs.recipe(data, data__cache=str(tmp_path / "cache"))
+    plain, cached = (runs.recipe(data, training__epochs=2, **c) for c in ({}, {"data__cache": str(tmp_path / "cache")}))
     one = runs.trained(plain, tmp_path / "without")
     for name in ("with", "again"):
         assert runs.trained(cached, tmp_path / name).evaluation == one.evaluation
@@ -617,7 +618,7 @@ def test_a_cache_may_come_go_and_move_between_two_starts(data: Path, tmp_path: P
 def test_what_is_kept_and_that_no_more_is_are_said_once(data: Path, tmp_path: Path, workers: int) -> None:
     lines: list[str] = []
     changes = {"data__cache": str(tmp_path / "cache"), "data__cache_gib": 60_000 / 2**30}
-    made = runs.recipe(data, **changes, training__workers=workers, training__evaluate_every=2)
+    made = runs.recipe(data, **changes, training__workers=workers, training__evaluate_every=2, training__epochs=2)
     job, loop = build(made, tmp_path / "run", remark=lines.append)
     runs.fit(job, tmp_path / "run", loop)
     said = [line for line in lines if "cache" in line]
