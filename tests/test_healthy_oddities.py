@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tensorkeep.cli import main
 from tensorkeep.diagnosis.diagnosis import diagnose
+from tensorkeep.diagnosis.verification import verify
 from tensorkeep.formats.view import read
 from tensorkeep.storage.budget import believable
 from tests.checkpoints import hf_tensors, write_model
@@ -101,3 +102,23 @@ def test_a_save_of_deepspeed_under_a_name_of_the_users_own_is_found_by_latest(tm
     (tmp_path / "latest").write_text(said, "utf-8")
     view = read(tmp_path)
     assert float(view.array(next(iter(view)))[0]) == 4.0
+
+
+def test_no_flipped_bit_of_an_archive_that_torch_cannot_load_again_is_missed(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    path = tmp_path / "optimizer.pt"
+    torch.save({i: torch.full((3,), float(i)) for i in range(3)}, path)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")
+    missed = []
+    for at in range(directory, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        path.write_bytes(damaged)
+        try:
+            loaded = [t.tolist() for t in torch.load(path).values()] == [[float(i)] * 3 for i in range(3)]
+        except Exception:  # whatever torch raises
+            loaded = False
+        if not loaded and not [f for f in verify(tmp_path)[0] if f.severity == "error"]:
+            missed.append(at - directory)
+    assert not missed
