@@ -122,3 +122,25 @@ def test_no_flipped_bit_of_an_archive_that_torch_cannot_load_again_is_missed(tmp
         if not loaded and not [f for f in verify(tmp_path)[0] if f.severity == "error"]:
             missed.append(at - directory)
     assert not missed
+
+
+def test_an_adapters_file_named_alone_takes_its_scale_from_the_config_beside_it_and_needs_one(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", "Llama", torch.float32)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    rows, columns = hf_tensors(tmp_path / "base")[weight].shape
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    pair = {name.format("A"): torch.ones(2, columns), name.format("B"): torch.ones(rows, 2)}
+    (tmp_path / "a").mkdir()
+    save_file(pair, tmp_path / "a" / "best.safetensors")
+    torch.save(pair, tmp_path / "a" / "adapter_model.bin")
+    files = [tmp_path / "a" / "best.safetensors", tmp_path / "a" / "adapter_model.bin"]
+    for file in files:
+        assert main(["merge", str(tmp_path / "base"), str(file), str(tmp_path / "o")]) == 2
+        assert codes(file) == {"A02"}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    for at, file in enumerate([*files, tmp_path / "a"]):
+        out = tmp_path / f"o{at}"
+        assert main(["merge", str(tmp_path / "base"), str(file), str(out)]) == 0
+        moved = hf_tensors(out)[weight] - hf_tensors(tmp_path / "base")[weight]
+        assert torch.allclose(moved, torch.full_like(moved, 8.0), atol=1e-5)

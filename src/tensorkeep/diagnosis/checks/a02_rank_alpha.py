@@ -49,6 +49,9 @@ def check(case: Case) -> Iterator[Finding]:
         module, (first, second) = next(iter(uneven.items()))
         message = f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}"
         yield Finding(CODE, "error", message, list(uneven))
+    if adapter.unscaled and len(adapter.view) == 2 * len(adapter.pairs):
+        message = "no adapter_config.json beside PEFT's tensors: what they are scaled by is not known"
+        yield Finding(CODE, "error", message, fix="copy the adapter_config.json that was saved with them")
     if str(adapter.document.get("peft_type", "")).upper() == "LORA":
         yield from _against_config(adapter, set(uneven))
 
