@@ -144,3 +144,17 @@ def test_an_adapters_file_named_alone_takes_its_scale_from_the_config_beside_it_
         assert main(["merge", str(tmp_path / "base"), str(file), str(out)]) == 0
         moved = hf_tensors(out)[weight] - hf_tensors(tmp_path / "base")[weight]
         assert torch.allclose(moved, torch.full_like(moved, 8.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_values_of_an_adapter_that_are_not_finite_are_v01(tmp_path: Path, reference: bool) -> None:
+    write_model(tmp_path / "base", "Llama", torch.float32)
+    rows, columns = hf_tensors(tmp_path / "base")["model.layers.0.self_attn.q_proj.weight"].shape
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for value, expected in ((1.0, False), (float("nan"), True), (float("inf"), True)):
+        pair = {name.format("A"): torch.ones(2, columns), name.format("B"): torch.full((rows, 2), value)}
+        save_file(pair, tmp_path / "adapter_model.safetensors")
+        found = diagnose(str(tmp_path), reference=str(tmp_path / "base") if reference else None)
+        assert [f.code for f in found.findings if f.severity == "error"] == ["V01"] * expected
