@@ -3,7 +3,7 @@
 What it means
     Something in the config contradicts the tensors: `r` or `rank_pattern` is not the number of rows of A and columns
     of B; one half of a pair is missing; `use_dora` does not fit the magnitude vectors; targets or saved modules have
-    no tensors; or alpha is no number.
+    no tensors; or alpha is no number; or PEFT's tensors lie there without the config, and nothing says alpha.
 
 How it happens
     The config was edited or copied from another run, or the file was saved in part. Files of MiniMind hold no rank
