@@ -261,3 +261,11 @@ def test_a_run_keeps_to_its_limit(tmp_path: Path) -> None:
             build(language_recipe(document), tmp_path / "other", world)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_stretch_longer_than_a_model_counts_its_layers_and_no_width_divides_by_zero() -> None:
+    small = LLAMA._replace(layers=2)
+    tokens = 4096
+    two, six = (needed(small, tokens, Way(0, "start", 0, True, every)) for every in (2, 6))
+    assert two["kept for the backward"] == six["kept for the backward"] == 2 * kept(small, tokens, "start")
+    assert sum(needed(LLAMA._replace(wide=0), tokens, Way(0, "queries")).values()) > 0

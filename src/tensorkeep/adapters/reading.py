@@ -87,6 +87,11 @@ class Adapter:
         return bool(self.document.get("use_rslora"))
 
     @property
+    def unscaled(self) -> bool:
+        """Whether these are PEFT's tensors, whose scale only PEFT's config says, without it."""
+        return not self.document and any(a.startswith("base_model.model.") for a, _ in self.pairs.values())
+
+    @property
     def residual_start(self) -> str | None:
         """The start (PiSSA, OLoRA, LoftQ, ...) that took something out of the base; None for any other adapter."""
         found: str | None = self.plug.residual_start(self) if hasattr(self.plug, "residual_start") else None
@@ -97,7 +102,9 @@ class Adapter:
         return next(iter(self.view[(self.pairs.get(module) or self.embeddings[module])[0]].shape), 0)
 
     def scale(self, module: str, of: str | None = None, rank: int | None = None) -> float | None:
-        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; 1 without a config (MiniMind), None for nonsense.
+        """Return alpha / r, or alpha / sqrt(r) for rsLoRA; None for nonsense, or where PEFT's config is lost.
+
+        Without a config it is 1 (MiniMind).
 
         Args:
             module: the module with the pair.
@@ -106,7 +113,7 @@ class Adapter:
         """
         rank, called = rank or self.rank(module), of or self.called.get(module, module)
         alpha: Any = pattern(self.document.get("alpha_pattern"), called) or self.document.get(
-            "lora_alpha", None if self.document else rank
+            "lora_alpha", None if self.document or self.unscaled else rank
         )
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < 1e9 or not rank:
             return None

@@ -133,6 +133,8 @@ def adapter_plan(
             _refuse_scale(view, document, ranks)
         else:
             document = peft_config({hf_module(m)[0]: r for m, r in ranks.items()})
+            if any(n.startswith(_PREFIX) for n in found):
+                notes.append(Note("A02", "no adapter_config.json beside PEFT's tensors: lora_alpha is written as r"))
     steps = [_step(item, dtype) for item in items]
     if any(".experts." in item.name for item in items) and not (document or {}).get("target_parameters"):
         notes.append(

@@ -13,6 +13,7 @@ _WHOLE = (
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size intermediate_size head_dim "
     "num_experts num_local_experts moe_intermediate_size decoder_sparse_step max_position_embeddings"
 ).split()
+_NONE = ("max_position_embeddings", "num_experts", "num_local_experts")  # -1 is none, or no limit, of these
 _NUMBER = ("rope_theta", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps")
 _FLAG = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TEXT = ("model_type", "_name_or_path", "transformers_version")
@@ -78,7 +79,7 @@ def _wanted(key: str, value: Any) -> str | None:
         plain = plain or (isinstance(value, float) and value.is_integer())  # 1200.0: Music Flamingo's positions
         if not (plain or (many and all(type(v) is int for v in many))):
             return "a whole number"
-        return "a whole number from 0 on" if min(many) < 0 else None
+        return "a whole number from 0 on" if min(many) < (-1 if key in _NONE else 0) else None
     if key in _NUMBER:
         return None if plain or isinstance(value, float) else "a number"
     for keys, kind, spoken in (

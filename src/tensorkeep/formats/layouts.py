@@ -12,6 +12,7 @@ A new program is a new row. Names are regular expressions that fit from beginnin
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from collections.abc import Iterable
@@ -209,7 +210,17 @@ def place_in(folder: Path, rows: Iterable[Place]) -> tuple[Place, Path, int] | N
                 hint=f"name the one that you mean, such as {shlex.quote(str(newest))}",
             )
         return row, named or newest, len(fitting)
-    return None
+    return _of_own_name(folder) if rows is PLACES else None
+
+
+def _of_own_name(folder: Path) -> tuple[Place, Path, int] | None:
+    """Find the save that DeepSpeed's pointer names by a tag of the user's own: `save_checkpoint(path, tag="best")`."""
+    place = Place(r".+", "DeepSpeed", "latest")
+    said = pointed(folder, place)
+    if said in ("", ".", "..") or "/" in said or not (folder / said).is_dir():
+        return None
+    written = any(entry.name.endswith("_model_states.pt") for entry in (folder / said).iterdir())
+    return (place, folder / said, 1) if written else None
 
 
 def _number(row: Place, path: Path) -> tuple[int, str]:
@@ -228,7 +239,8 @@ def pointed(folder: Path, row: Place) -> str:
     pointer = folder / row.pointer if row.pointer else None
     if pointer is None or not pointer.is_file() or pointer.stat().st_size > 1024:
         return ""
-    return pointer.read_text("utf-8", "replace").strip()
+    said = pointer.read_text("utf-8-sig", "replace").strip()
+    return posixpath.normpath(said) if said else said  # DeepSpeed joins it to the folder: ./global_step5/ is one
 
 
 def named_by(said: str, row: Place, folders: Iterable[Path]) -> Path | None:

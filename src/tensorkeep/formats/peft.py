@@ -48,6 +48,23 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     weights = next(w for w in _WEIGHT_FILES if w in names)
     form = safetensors if weights.endswith(".safetensors") else pth
     view: StateView = form.read(folder, [weights], path)
+    add_config(view, weights)
+    return view
+
+
+def add_config(view: StateView, weights: str) -> None:
+    """Give an opened file of an adapter's weights the config that lies beside it, if any: it says the scale.
+
+    Args:
+        view: of the weights.
+        weights: their file.
+
+    Raises:
+        TensorkeepError: the config is none of PEFT's.
+    """
+    folder = view.folder
+    if CONFIG not in folder.names():
+        return
     data = read_small_from(folder, CONFIG)
     config = parse_json(data, f"{folder.url}/{CONFIG}")
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
@@ -57,7 +74,6 @@ def read(folder: Folder, names: list[str], path: str) -> StateView:
     view.format = "peft"
     view.metadata["adapter"] = _beside(view, f"{folder.url}/{weights}") | config
     view.companions.append(Companion(CONFIG, data, f"{folder.url}/{CONFIG}"))
-    return view
 
 
 def _beside(view: StateView, where: str) -> dict[str, Any]:

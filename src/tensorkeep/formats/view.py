@@ -354,13 +354,14 @@ def read(path: str | Path) -> StateView:
         TensorkeepError: nothing is recognised, or the files contradict themselves.
 
     Example:
-        >>> view = read("model.safetensors")                # doctest: +SKIP
-        >>> view["lm_head.weight"].shape                    # doctest: +SKIP
+        >>> read("model.safetensors")["lm_head.weight"].shape  # doctest: +SKIP
         (49152, 576)
     """
     folder, name = open_folder(str(path))
     view = recognised(folder, [name] if name else folder.names(), str(path), single=name is not None)
     _check_names(view)
+    if name is not None and any(n.startswith("base_model.") for n in view):
+        importlib.import_module(FORMATS["peft"]).add_config(view, name)
     add_companions(view, believed)
     return view
 

@@ -105,7 +105,7 @@ def kept(sizes: Sizes, tokens: int, little: Little) -> int:
 
 def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
     """Return the bytes of the GPU that training on so many tokens at a time takes, by what takes them."""
-    chunk = min(tokens, CHUNK_BYTES // (2 * _HALF * sizes.wide))
+    chunk = min(tokens, CHUNK_BYTES // (2 * _HALF * max(sizes.wide, 1)))
     dense = 3 * sizes.wide * sizes.hidden  # of one MLP, dequantized
     layer = _HALF * (dense + chunk * (3 * sizes.wide + 2 * sizes.hidden))
     if sizes.float8:  # gate and up by rows and by columns, down by columns, and rounded activations: a byte each
@@ -132,7 +132,8 @@ def needed(sizes: Sizes, tokens: int, way: Way) -> dict[str, int]:
 def _waiting(sizes: Sizes, tokens: int, way: Way) -> int:
     """Count the bytes that layers keep besides wide products, at most at a time."""
     assert way.little is not None
-    return (-(-sizes.layers // way.every) + way.every - 1) * kept(sizes, tokens, way.little)
+    every = min(way.every, sizes.layers)
+    return (-(-sizes.layers // every) + every - 1) * kept(sizes, tokens, way.little)
 
 
 def planned(sizes: Sizes, samples: int, length: int, limit: int, host: int, packed: bool = False) -> Plan:

@@ -17,7 +17,7 @@ from tensorkeep.errors import TensorkeepError, shown
 from tensorkeep.storage._lazy_bits import refuse_lazy
 from tensorkeep.storage._likeness import Likeness, likeness
 from tensorkeep.storage._range import Ends, Range
-from tensorkeep.storage._zip_ends import LONGEST, wrong_end
+from tensorkeep.storage._zip_ends import UTF8, end_bytes, wrong_end
 from tensorkeep.storage.files import Folder
 from tensorkeep.storage.pickle_values import Global, Object, Persistent
 from tensorkeep.storage.pickles import LARGEST_PICKLE, parse
@@ -292,8 +292,9 @@ def zip_entries(folder: Folder, file: str, start: int, length: int) -> dict[str,
             code="F02",
             hint="copy the file again",
         ) from None
-    short = min(length, LONGEST)
-    if (wrong := wrong_end(folder.read(file, start + length - short, short), length)) is not None:
+    short = min(length, end_bytes(infos))
+    tail = folder.read(file, start + length - short, short)
+    if (wrong := wrong_end(tail, length, infos)) is not None:
         raise _damaged_zip(wrong, where)
     out: dict[str, Entry] = {}
     seen = set[str]()  # torch looks names up whatever their case
@@ -322,10 +323,13 @@ def _entry(info: zipfile.ZipInfo, folder: Folder, file: str, start: int, length:
         raise _damaged_zip(f"{name} is compressed or encrypted, torch.save never does that", where)
     if info.header_offset < 0 or info.header_offset + 30 > length:
         raise _damaged_zip(f"{name} begins outside its archive", where, "F02")
-    local = folder.read(file, start + info.header_offset, 30)
+    called = info.orig_filename.encode("utf-8" if info.flag_bits & UTF8 else "cp437")
+    local = folder.read(file, start + info.header_offset, min(30 + len(called), length - info.header_offset))
     if local[:4] != b"PK\x03\x04":
         raise _damaged_zip(f"{name} has no entry where the archive says", where)
     name_length, extra_length = struct.unpack("<HH", local[26:30])
+    if name_length != len(called) or local[30:] != called or info.volume:  # a flipped bit: torch finds no such entry
+        raise _damaged_zip(f"{name} has another name, or disk, in its own header", where)
     data = start + info.header_offset + 30 + name_length + extra_length
     if data + info.file_size > start + length:
         raise _damaged_zip(f"{name} ends behind its archive", where, "F02")

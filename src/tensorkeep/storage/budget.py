@@ -7,6 +7,7 @@ of up to 1 MB takes at most 10 s and 500 MB, with the start of the program; more
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +23,10 @@ LARGEST_JSON = 256 << 20  # bytes; the largest indices and tokenizers known have
 _MOST_LAYERS = 1024
 _MOST_PARTS = 1 << 17  # experts of all layers together; the largest models known have 50,000
 _MOST_OF_HEAD, _MOST_POSITIONS = 1 << 16, 1 << 25  # tables are computed of these, whatever is stored
-_MOST_SIZE = 1 << 31  # any other number that sizes a tensor
+_MOST_SIZE = 1 << 31  # any other number that may size a tensor
+_NO_SIZE = re.compile(r".*(theta|max_length|seed|params|parameters|flops|flos)|rotary_emb_base|sliding_window")
+_MOST_OF_OTHERS = 1 << 100  # no tensor is sized by these; tokenizers write 1e30 for a length without limit
+_ROWS = ("doge",)  # models whose experts are rows of tables: 16,384 in each layer by default
 _MORE_THAN_STORED, _SMALL = 16, 1 << 26  # elements for each stored byte (2 bits hold 4), and so many more
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -154,7 +158,7 @@ def check_config(config: Mapping[str, Any], where: object, stored: int | None = 
     """
     layers = max((config[key] for key in _LAYERS if _whole(config.get(key))), default=1)
     for key, value in config.items():
-        most = _most(str(key), layers)
+        most = _most(str(key), 1 if config.get("model_type") in _ROWS else layers)
         if isinstance(value, Mapping):
             check_config(value, where, stored)
         elif _whole(value) and value > most:
@@ -182,6 +186,8 @@ def _most(key: str, layers: int) -> int:
         return _MOST_PARTS // max(layers, 1)
     if "head_dim" in key:
         return _MOST_OF_HEAD
+    if _NO_SIZE.fullmatch(key):
+        return _MOST_OF_OTHERS
     if key in _LAYERS:
         return _MOST_LAYERS
     return _MOST_POSITIONS if key in _POSITIONS else _MOST_SIZE

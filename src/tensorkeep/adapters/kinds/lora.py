@@ -131,12 +131,7 @@ def refuse(adapter: Adapter) -> None:
                 hint="take the config that was saved with these weights: the scale depends on it",
             )
         if not adapter.scale(module):
-            raise TensorkeepError(
-                f"{module} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}",
-                where=where,
-                code="A02",
-                hint="take the config that was saved with these weights",
-            )
+            raise _unscaled(adapter, module)
     if adapter.document.get("use_dora") and not adapter.magnitudes:
         raise TensorkeepError(
             "the config says use_dora, and no magnitude is there", where=where, code="A02", hint="get the adapter again"
@@ -185,13 +180,19 @@ def scale(adapter: Adapter, word: str, module: str, parameter: str | None = None
         )
     found = adapter.scale(module, name, said)
     if not found:
-        raise TensorkeepError(
-            f"{name} is scaled by nothing: lora_alpha {shown(adapter.document.get('lora_alpha'))}",
-            where=adapter.view.path,
-            code="A02",
-            hint="take the config that was saved with these weights",
-        )
+        raise _unscaled(adapter, name)
     return found
+
+
+def _unscaled(adapter: Adapter, name: str) -> TensorkeepError:
+    """Make the error for a pair whose scale nothing says."""
+    said = f"lora_alpha {shown(adapter.document.get('lora_alpha'))}"
+    return TensorkeepError(
+        f"{name} is scaled by nothing: {'no adapter_config.json is there' if adapter.unscaled else said}",
+        where=adapter.view.path,
+        code="A02",
+        hint="put the adapter_config.json that was saved with these weights beside them",
+    )
 
 
 def shapes(adapter: Adapter, word: str, module: str) -> list[tuple[tuple[int, ...], bool]]:

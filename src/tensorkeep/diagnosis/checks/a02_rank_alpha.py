@@ -3,7 +3,7 @@
 What it means
     Something in the config contradicts the tensors: `r` or `rank_pattern` is not the number of rows of A and columns
     of B; one half of a pair is missing; `use_dora` does not fit the magnitude vectors; targets or saved modules have
-    no tensors; or alpha is no number.
+    no tensors; or alpha is no number; or PEFT's tensors lie there without the config, and nothing says alpha.
 
 How it happens
     The config was edited or copied from another run, or the file was saved in part. Files of MiniMind hold no rank
@@ -49,6 +49,9 @@ def check(case: Case) -> Iterator[Finding]:
         module, (first, second) = next(iter(uneven.items()))
         message = f"{len(uneven)} pairs have no rank in common: {module} A {list(first)}, B {list(second)}"
         yield Finding(CODE, "error", message, list(uneven))
+    if adapter.unscaled and len(adapter.view) == 2 * len(adapter.pairs):
+        message = "no adapter_config.json beside PEFT's tensors: what they are scaled by is not known"
+        yield Finding(CODE, "error", message, fix="copy the adapter_config.json that was saved with them")
     if str(adapter.document.get("peft_type", "")).upper() == "LORA":
         yield from _against_config(adapter, set(uneven))
 

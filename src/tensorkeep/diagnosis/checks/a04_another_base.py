@@ -122,7 +122,8 @@ def _rows(adapter: Adapter, base: Base) -> list[tuple[float, float]]:
             continue  # A02 says so
         if weight.shape != (b.shape[0], a.shape[1]) or magnitude.shape != weight.shape[:1] or magnitude.size < 16:
             continue
-        lengths = np.sqrt(np.sum(np.square(weight + scale * (b @ a)), axis=1))
+        with np.errstate(over="ignore", invalid="ignore"):  # V01 says what is not finite
+            lengths = np.sqrt(np.sum(np.square(weight + scale * (b @ a)), axis=1))
         if lengths.std() > 0 and magnitude.std() > 0:
             out.append(
                 (float(np.corrcoef(magnitude, lengths)[0, 1]), float(np.median(magnitude / np.maximum(lengths, 1e-12))))

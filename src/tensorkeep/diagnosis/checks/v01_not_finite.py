@@ -21,16 +21,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tensorkeep.diagnosis.evidence.case import Case
+from tensorkeep.diagnosis.evidence.adapters import checkpoint_adapter
+from tensorkeep.diagnosis.evidence.case import Case, np_dtype_known
 from tensorkeep.diagnosis.evidence.remedy import Remedies, heal
 from tensorkeep.diagnosis.evidence.scan import not_finite, scan
 from tensorkeep.findings import Finding
+from tensorkeep.storage.record import DTYPES
 
 CODE = "V01"
 
 
 def check(case: Case) -> Iterator[Finding]:
-    """Report tensors with NaN or infinities that the reference does not have."""
+    """Report tensors with NaN or infinities that the reference does not have, and an adapter's."""
+    yield from _of_adapter(case)
     counts: dict[str, tuple[int, int]] = {}
     if case.reference is not None:
         for name in case.differing():
@@ -56,6 +59,21 @@ def check(case: Case) -> Iterator[Finding]:
     yield Finding(
         CODE, "error", message, list(counts), evidence, explains=["V06", "V07"], fix=case.repair_command(counts)
     )
+
+
+def _of_adapter(case: Case) -> Iterator[Finding]:
+    """Report an adapter's own tensors, which no model has: nothing can be taken from a reference."""
+    adapter = checkpoint_adapter(case)
+    if adapter is None:
+        return
+    parts = [n for pair in (*adapter.pairs.values(), *adapter.embeddings.values()) for n in pair]
+    names = dict.fromkeys(adapter.view if adapter.view.format == "peft" else parts)
+    floats = [n for n in names if DTYPES[adapter.view[n].dtype].floating and np_dtype_known(adapter.view[n].dtype)]
+    bad = {n: counts for n in floats if any(counts := not_finite(adapter.view.array(n)))}
+    if bad:
+        nan, infinite = (sum(c[i] for c in bad.values()) for i in (0, 1))
+        message = f"{nan} NaN and {infinite} infinite values in {len(bad)} tensors of the adapter: {next(iter(bad))}"
+        yield Finding(CODE, "error", message, evidence={"nan": nan, "infinite": infinite, "tensors": sorted(bad)[:32]})
 
 
 def repair(case: Case, names: list[str], out: Remedies) -> None:

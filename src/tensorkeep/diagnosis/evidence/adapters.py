@@ -146,9 +146,10 @@ def share(adapter: Adapter, module: str, weight: Array) -> Share | None:
         weight = weight.T
     if weight.shape != (b.shape[0], a.shape[1]):
         return None
-    dot = scale * float(np.sum((weight @ a.T) * b, dtype=np.float64))
-    square = scale**2 * float(np.sum((b.T @ b) * (a @ a.T), dtype=np.float64))
+    with np.errstate(over="ignore", invalid="ignore"):  # V01 says what is not finite
+        dot = scale * float(np.sum((weight @ a.T) * b, dtype=np.float64))
+        square = scale**2 * float(np.sum((b.T @ b) * (a @ a.T), dtype=np.float64))
     norm = float(np.sqrt(np.sum(np.square(weight, dtype=np.float64))))
-    if square <= 0 or norm == 0:
+    if not 0 < square < math.inf or norm == 0:
         return None
     return Share(module, dot / square, norm / math.sqrt(weight.size * square), math.sqrt(square) / norm)
