@@ -8,7 +8,7 @@ two that are tied is refused: PEFT's forward changes one of them, and its merge 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
@@ -52,6 +52,7 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
             other = names.output_weight or hf.HEAD
             one = names.live_tied.get(other, names.input_weight)  # a decoder may have an embedding of its own
             state.embedding, state.head = name_in_file(names, one), name_in_file(names, other)
+            state.of_input = names.input_weight in (one, names.live_tied.get(one))
             state.tied = names.live_tied.get(other) == one or names.live_tied.get(one) == other
         else:
             _guess(state)
@@ -109,16 +110,12 @@ def settle_ties(
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
     pair = (state.embedding, state.head)
     embed, head = (wanted.get(n, []) for n in pair)
-    both = embed if not head and all(t.kind == "tokens" for t in embed) else []
     names = [state.hf_tensors[n].parts[0].name for n in pair] if state.tied else []
     if not (embed or head or untie) or not names:
         return False
-    differ = len({state.view.digest(n) for n in names}) > 1
-    if both and (untie or differ):
-        wanted[state.head] = head = list(both)  # PEFT puts rows of a tied embedding into the head as well
-    if differ:
+    if len({state.view.digest(n) for n in names}) > 1:
         return False  # the file holds two that differ, as `planning` will say (T01)
-    together = not (embed and head) and all(kept_tied(t, bool(head)) for t in embed or head)
+    together = not embed and state.of_input and all(kept_tied(t, True) for t in head)
     alike = _alike(embed, head)
     if not untie and (together or alike):
         both = embed or head
@@ -190,8 +187,36 @@ def _part_others(state: MergeBase, wanted: dict[str, list[Term]]) -> None:
             computed_tensor(state, stored, stored.removesuffix(source) + name, rows)
 
 
+def spread_tied(state: MergeBase, wanted: dict[str, list[Term]], shared: Mapping[str, list[str]]) -> None:
+    """Put what PEFT trained of the input embedding and keeps tied into all that is tied to it, as its forward does.
+
+    It keeps nothing tied of which the adapter has rows of its own; low-rank updates come on top of the rows.
+
+    Args:
+        state: the base.
+        wanted: what changes each hf tensor; changed in place.
+        shared: what modules share, from `find_shared`.
+    """
+    source = state.embedding
+    group = [state.head] if state.tied else []
+    group += [n for kept, others in shared.items() if source in (kept, *others) for n in (kept, *others) if n != source]
+    if not state.of_input:
+        return
+    for number in sorted({t.number for t in wanted.get(source, ())}):
+        kept = [t for t in wanted[source] if t.number == number and kept_tied(t, False)]
+        own = [t for n in group for t in wanted.get(n, ()) if t.number == number]
+        if any(t.kind == "tokens" for t in own) or (own and any(t.kind != "tokens" for t in kept)):
+            continue
+        for name in group if kept else ():
+            terms = wanted.setdefault(name, [])
+            at = next((i for i, t in enumerate(terms) if t.number == number), len(terms))
+            terms[at:at] = kept
+
+
 def _alike(embed: list[Term], head: list[Term]) -> bool:
     """Whether head and embedding are replaced, whole or by row, by equal bytes of the same adapters."""
+    if embed and same_terms(embed, head):
+        return True
     if (
         not embed
         or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]
@@ -199,6 +224,16 @@ def _alike(embed: list[Term], head: list[Term]) -> bool:
     ):
         return False
     return all(_brought(e) == _brought(h) for e, h in zip(embed, head))
+
+
+def same_terms(terms: Sequence[Term], others: Sequence[Term]) -> bool:
+    """Whether two tensors are changed by the very same.
+
+    Args:
+        terms: of one.
+        others: of the other.
+    """
+    return [id(t) for t in terms] == [id(t) for t in others]
 
 
 def _brought(term: Term) -> tuple[str, list[int] | None]:
