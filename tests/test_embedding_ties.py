@@ -124,3 +124,29 @@ def test_a_head_tied_to_the_decoders_embedding_is_not_tied_by_peft_which_asks_fo
     assert not code or main([*words, "--untie"]) == 0
     found = logits(again(SEQ2SEQ, tmp_path / "out"))
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()  # it was off by 3 to 99, without a word
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["its state", "a folder"])
+def test_what_nobody_says_of_ties_is_not_guessed(own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("t5", tmp_path / "model", SEQ2SEQ, **T5)
+    given: dict[str, Any] = {"trainable_token_indices": {"shared": [3, 4]}} if own else {"modules_to_save": ["shared"]}
+    adapted(again(SEQ2SEQ, tmp_path / "model"), tmp_path / "a", target_modules=["q"], **given)
+    if own:
+        torch.save(again(SEQ2SEQ, tmp_path / "model").state_dict(), tmp_path / "base")
+    else:  # as where transformers is not installed
+        state = tmp_path / "model" / "config.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "model_type": "nobodys", "architectures": []}))
+        (tmp_path / "model").rename(tmp_path / "base")
+    assert main(["merge", *(str(tmp_path / n) for n in ("base", "a", "out"))]) == 2  # logits were off by 0.3 to 5
+    assert "nothing says what the base's model ties" in capsys.readouterr().err
+
+
+def test_a_models_own_state_that_calls_its_head_otherwise_than_files_do_is_changed_as_one(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    model = saved("gpt_neox", tmp_path / "model", **sizes, num_attention_heads=4, tie_word_embeddings=True)
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    given = {"target_modules": ["query_key_value"], "trainable_token_indices": {"embed_in": [3, 4]}}
+    wanted = logits(adapted(again(CAUSAL, tmp_path / "model"), tmp_path / "a", **given))
+    words = ["merge", *(str(tmp_path / n) for n in ("base.pth", "a", "out")), "--config", str(tmp_path / "model")]
+    assert main(words) == 0
+    assert (logits(again(CAUSAL, tmp_path / "out")) - wanted).abs().max() < 1e-5 * wanted.abs().max()

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names
-from tensorkeep.adapters._ties import same_terms
-from tensorkeep.adapters.terms import Term
+from tensorkeep.adapters.terms import Term, same_terms
 from tensorkeep.conversion import architecture
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped

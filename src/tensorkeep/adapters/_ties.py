@@ -14,7 +14,7 @@ from dataclasses import replace
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names, name_in_file
 from tensorkeep.adapters.reading import Adapter
-from tensorkeep.adapters.terms import Term, indices, kept_tied
+from tensorkeep.adapters.terms import Term, indices, kept_tied, same_terms
 from tensorkeep.conversion.naming import hf
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Note
@@ -51,11 +51,13 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
         if names is not None and names.input_weight is not None:
             other = names.output_weight or hf.HEAD
             one = names.live_tied.get(other, names.input_weight)  # a decoder may have an embedding of its own
-            state.embedding, state.head = name_in_file(names, one), name_in_file(names, other)
+            # a model's own state has the live names
+            held = [n if n in state.hf_tensors else name_in_file(names, n) for n in (one, other)]
+            state.embedding, state.head = held
             state.of_input = names.input_weight in (one, names.live_tied.get(one))
             state.tied = names.live_tied.get(other) == one or names.live_tied.get(one) == other
         else:
-            _guess(state)
+            state.known = _guess(state)
     embed, head = state.hf_tensors.get(state.embedding), state.hf_tensors.get(state.head)
     if state.embedding == hf.EMBEDDING:
         said = hf.tied(dict(state.config)) if state.config is not None else None
@@ -75,12 +77,52 @@ def _may_touch(adapter: Adapter, state: MergeBase) -> bool:
     return named or any(f"{m}.weight" not in state.hf_tensors for m in changed)
 
 
-def _guess(state: MergeBase) -> None:
-    """Take the embedding and the tie from names and the config alone."""
+def _guess(state: MergeBase) -> bool:
+    """Take the embedding and the tie from names, values and the config alone; whether they say so."""
     found = [n for n in state.hf_tensors if _EMBEDDINGS.match(n) and ".layers." not in n]
-    if len(found) == 1 and state.config is not None:
-        state.embedding = found[0]
-        state.tied = hf.tied(dict(state.config)) is True and state.head not in state.hf_tensors
+    if len(found) != 1 or (state.config is None and state.head not in state.hf_tensors):
+        return False
+    state.embedding = found[0]
+    if state.config is not None:
+        state.tied = hf.tied(dict(state.config)) is True
+    else:
+        state.tied = _twice(state, state.embedding)
+    return True
+
+
+def _twice(state: MergeBase, name: str) -> bool:
+    """Whether a checkpoint holds a tensor's values under other names as well, as a model's own state does."""
+    own = state.hf_tensors[name]
+    digest = state.view.digest(own.parts[0].name)
+    same = (t for n, t in state.hf_tensors.items() if n != name and t.shape == own.shape)
+    return any(state.view.digest(t.parts[0].name) == digest for t in same)
+
+
+def refuse_unknown(state: MergeBase, sources: Sequence[WeightedAdapter], wanted: Mapping[str, Sequence[Term]]) -> None:
+    """Stop where an adapter changes an embedding, and nothing says what is tied to it.
+
+    Args:
+        state: the base.
+        sources: the adapters.
+        wanted: what changes each hf tensor.
+
+    Raises:
+        TensorkeepError: T01.
+    """
+    if state.known:
+        return
+    for name, terms in wanted.items():
+        for term in terms:
+            spread = kept_tied(term, False)
+            of_one = term.kind == "embedding" or _EMBEDDINGS.match(name) or name.endswith("shared.weight")
+            if spread or (of_one and not _twice(state, name)):
+                raise TensorkeepError(
+                    f"the adapter changes {name}, and nothing says what the base's model ties to it",
+                    where=sources[term.number].path,
+                    code="T01",
+                    tensors=[name],
+                    hint="give its config: --config FOLDER" if state.config is None else "pip install transformers",
+                )
 
 
 def settle_ties(
@@ -224,16 +266,6 @@ def _alike(embed: list[Term], head: list[Term]) -> bool:
     ):
         return False
     return all(_brought(e) == _brought(h) for e, h in zip(embed, head))
-
-
-def same_terms(terms: Sequence[Term], others: Sequence[Term]) -> bool:
-    """Whether two tensors are changed by the very same.
-
-    Args:
-        terms: of one.
-        others: of the other.
-    """
-    return [id(t) for t in terms] == [id(t) for t in others]
 
 
 def _brought(term: Term) -> tuple[str, list[int] | None]:
