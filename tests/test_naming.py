@@ -227,3 +227,21 @@ def test_lightnings_state_of_a_module_that_holds_torchtitans_model_is_torchtitan
     assert identify(read(tmp_path / "last.ckpt")).naming == "torchtitan"
     assert main(["convert", words[2], words[3], "--to", "hf", "--config", words[0]]) == 0
     assert main(["diff", words[0], words[3]]) == 0
+
+
+@pytest.mark.parametrize("naming", ["hf", "torchtitan", "olmo-core"])
+def test_lightnings_model_beside_weights_of_a_loss_or_a_teacher_is_the_model(naming: str, tmp_path: Path) -> None:
+    from tensorkeep.cli import main
+    from tests.language_files import save_model
+
+    save_model(tmp_path / "model", "qwen3")
+    words = [str(tmp_path / n) for n in ("model", "own.pth", "last.ckpt", "back")]
+    assert main(["convert", *words[:2], "--to", "pth", "--naming", naming]) == 0
+    state = torch.load(words[1])
+    state = state.get("model", state)
+    for more in ({"loss.weight": torch.ones(3)}, {f"teacher.{n}": t + 1 for n, t in state.items()}):
+        torch.save({"state_dict": {f"model.{n}": t for n, t in state.items()} | more, "epoch": 1}, words[2])
+        found = identify(read(tmp_path / "last.ckpt"))
+        assert (found.naming, found.root) == (naming, "state_dict.model")
+        assert main(["convert", *words[2:], "--to", "hf", "--config", words[0], "--overwrite"]) == 0
+        assert main(["diff", words[0], words[3]]) == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -163,6 +165,25 @@ def test_masks_that_a_model_keeps_are_no_codes(tmp_path: Path) -> None:
         source = "model" if to == "dcp" else "middle"
         assert main(["convert", str(tmp_path / source), str(tmp_path / sink), "--to", to]) == 0
     assert set(read(tmp_path / "back")) == set(read(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_booleans_where_a_weight_or_a_bias_belongs_are_no_mask(kind: str, tmp_path: Path) -> None:
+    saved("qwen2", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = f"model.layers.0.self_attn.q_proj.{kind}"
+    tensors[name] = tensors[name] > 0
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert [(f.code, list(f.tensors)) for f in tk.diagnose(str(tmp_path / "model")).findings] == [("Q01", [name])]
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", "hf"]) == 2
+
+
+@pytest.mark.parametrize("value", [1e300, 1e12, 2048.5, float("nan"), [], {}])
+def test_positions_that_no_model_has_are_an_error(value: Any, tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    document = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "max_position_embeddings": value}))
+    assert [f.code for f in tk.diagnose(str(tmp_path)).findings if f.severity == "error"] == ["C01"]
 
 
 def test_what_a_config_ties_beside_the_head_and_numbers_said_otherwise_are_no_fault(tmp_path: Path) -> None:

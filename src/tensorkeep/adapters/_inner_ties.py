@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names
-from tensorkeep.adapters.terms import Term, kept_tied
+from tensorkeep.adapters.terms import Term, same_terms
 from tensorkeep.conversion import architecture
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.names import grouped
@@ -76,7 +76,7 @@ def settle_shared(
     """
     touched = {kept: [n for n in (kept, *others) if wanted.get(n)] for kept, others in shared.items()}
     for kept, names in touched.items():
-        if names == [kept] and all(kept_tied(t, False) for t in wanted[kept]):
+        if all(same_terms(wanted.get(n, ()), wanted.get(kept, ())) for n in shared[kept]):
             names.clear()  # all of them change alike
     changed = [n for names in touched.values() for n in names]
     summed = [kept for kept, names in touched.items() if any(t.kind not in _WHOLE for n in names for t in wanted[n])]

@@ -64,6 +64,8 @@ class MergeBase:
     names: ModelNames | None = None  # once it was asked
     embedding: str = hf.EMBEDDING  # hf name of the input embedding
     head: str = hf.HEAD
+    of_input: bool = True  # whether `embedding` is what the model reads tokens with: to no other does PEFT tie
+    known: bool = True  # whether something says what is tied to the embedding
     notes: list[Note] = field(default_factory=list)
 
 

@@ -8,13 +8,13 @@ two that are tied is refused: PEFT's forward changes one of them, and its merge 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor
 from tensorkeep.adapters._places import ask_names, name_in_file
 from tensorkeep.adapters.reading import Adapter
-from tensorkeep.adapters.terms import Term, indices, kept_tied
+from tensorkeep.adapters.terms import Term, indices, kept_tied, same_terms
 from tensorkeep.conversion.naming import hf
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.formats.view import Note
@@ -51,10 +51,13 @@ def find_tied(state: MergeBase, sources: Sequence[WeightedAdapter], untie: bool)
         if names is not None and names.input_weight is not None:
             other = names.output_weight or hf.HEAD
             one = names.live_tied.get(other, names.input_weight)  # a decoder may have an embedding of its own
-            state.embedding, state.head = name_in_file(names, one), name_in_file(names, other)
+            # a model's own state has the live names
+            held = [n if n in state.hf_tensors else name_in_file(names, n) for n in (one, other)]
+            state.embedding, state.head = held
+            state.of_input = names.input_weight in (one, names.live_tied.get(one))
             state.tied = names.live_tied.get(other) == one or names.live_tied.get(one) == other
         else:
-            _guess(state)
+            state.known = _guess(state)
     embed, head = state.hf_tensors.get(state.embedding), state.hf_tensors.get(state.head)
     if state.embedding == hf.EMBEDDING:
         said = hf.tied(dict(state.config)) if state.config is not None else None
@@ -74,12 +77,52 @@ def _may_touch(adapter: Adapter, state: MergeBase) -> bool:
     return named or any(f"{m}.weight" not in state.hf_tensors for m in changed)
 
 
-def _guess(state: MergeBase) -> None:
-    """Take the embedding and the tie from names and the config alone."""
+def _guess(state: MergeBase) -> bool:
+    """Take the embedding and the tie from names, values and the config alone; whether they say so."""
     found = [n for n in state.hf_tensors if _EMBEDDINGS.match(n) and ".layers." not in n]
-    if len(found) == 1 and state.config is not None:
-        state.embedding = found[0]
-        state.tied = hf.tied(dict(state.config)) is True and state.head not in state.hf_tensors
+    if len(found) != 1 or (state.config is None and state.head not in state.hf_tensors):
+        return False
+    state.embedding = found[0]
+    if state.config is not None:
+        state.tied = hf.tied(dict(state.config)) is True
+    else:
+        state.tied = _twice(state, state.embedding)
+    return True
+
+
+def _twice(state: MergeBase, name: str) -> bool:
+    """Whether a checkpoint holds a tensor's values under other names as well, as a model's own state does."""
+    own = state.hf_tensors[name]
+    digest = state.view.digest(own.parts[0].name)
+    same = (t for n, t in state.hf_tensors.items() if n != name and t.shape == own.shape)
+    return any(state.view.digest(t.parts[0].name) == digest for t in same)
+
+
+def refuse_unknown(state: MergeBase, sources: Sequence[WeightedAdapter], wanted: Mapping[str, Sequence[Term]]) -> None:
+    """Stop where an adapter changes an embedding, and nothing says what is tied to it.
+
+    Args:
+        state: the base.
+        sources: the adapters.
+        wanted: what changes each hf tensor.
+
+    Raises:
+        TensorkeepError: T01.
+    """
+    if state.known:
+        return
+    for name, terms in wanted.items():
+        for term in terms:
+            spread = kept_tied(term, False)
+            of_one = term.kind == "embedding" or _EMBEDDINGS.match(name) or name.endswith("shared.weight")
+            if spread or (of_one and not _twice(state, name)):
+                raise TensorkeepError(
+                    f"the adapter changes {name}, and nothing says what the base's model ties to it",
+                    where=sources[term.number].path,
+                    code="T01",
+                    tensors=[name],
+                    hint="give its config: --config FOLDER" if state.config is None else "pip install transformers",
+                )
 
 
 def settle_ties(
@@ -109,16 +152,12 @@ def settle_ties(
         raise TensorkeepError("its head and embedding are not tied", where=state.view.path, hint="leave --untie out")
     pair = (state.embedding, state.head)
     embed, head = (wanted.get(n, []) for n in pair)
-    both = embed if not head and all(t.kind == "tokens" for t in embed) else []
     names = [state.hf_tensors[n].parts[0].name for n in pair] if state.tied else []
     if not (embed or head or untie) or not names:
         return False
-    differ = len({state.view.digest(n) for n in names}) > 1
-    if both and (untie or differ):
-        wanted[state.head] = head = list(both)  # PEFT puts rows of a tied embedding into the head as well
-    if differ:
+    if len({state.view.digest(n) for n in names}) > 1:
         return False  # the file holds two that differ, as `planning` will say (T01)
-    together = not (embed and head) and all(kept_tied(t, bool(head)) for t in embed or head)
+    together = not embed and state.of_input and all(kept_tied(t, True) for t in head)
     alike = _alike(embed, head)
     if not untie and (together or alike):
         both = embed or head
@@ -190,8 +229,36 @@ def _part_others(state: MergeBase, wanted: dict[str, list[Term]]) -> None:
             computed_tensor(state, stored, stored.removesuffix(source) + name, rows)
 
 
+def spread_tied(state: MergeBase, wanted: dict[str, list[Term]], shared: Mapping[str, list[str]]) -> None:
+    """Put what PEFT trained of the input embedding and keeps tied into all that is tied to it, as its forward does.
+
+    It keeps nothing tied of which the adapter has rows of its own; low-rank updates come on top of the rows.
+
+    Args:
+        state: the base.
+        wanted: what changes each hf tensor; changed in place.
+        shared: what modules share, from `find_shared`.
+    """
+    source = state.embedding
+    group = [state.head] if state.tied else []
+    group += [n for kept, others in shared.items() if source in (kept, *others) for n in (kept, *others) if n != source]
+    if not state.of_input:
+        return
+    for number in sorted({t.number for t in wanted.get(source, ())}):
+        kept = [t for t in wanted[source] if t.number == number and kept_tied(t, False)]
+        own = [t for n in group for t in wanted.get(n, ()) if t.number == number]
+        if any(t.kind == "tokens" for t in own) or (own and any(t.kind != "tokens" for t in kept)):
+            continue
+        for name in group if kept else ():
+            terms = wanted.setdefault(name, [])
+            at = next((i for i, t in enumerate(terms) if t.number == number), len(terms))
+            terms[at:at] = kept
+
+
 def _alike(embed: list[Term], head: list[Term]) -> bool:
     """Whether head and embedding are replaced, whole or by row, by equal bytes of the same adapters."""
+    if embed and same_terms(embed, head):
+        return True
     if (
         not embed
         or [(t.number, t.kind) for t in embed] != [(t.number, t.kind) for t in head]

@@ -14,7 +14,7 @@ from typing import Any
 from tensorkeep.adapters._inner_ties import find_shared, settle_shared
 from tensorkeep.adapters._matching import MergeBase, WeightedAdapter, computed_tensor, terms_of
 from tensorkeep.adapters._through import sent_through
-from tensorkeep.adapters._ties import find_tied, keeps_tie, settle_sizes, settle_ties
+from tensorkeep.adapters._ties import find_tied, keeps_tie, refuse_unknown, settle_sizes, settle_ties, spread_tied
 from tensorkeep.adapters._view import MergedView
 from tensorkeep.adapters.reading import DIGEST, read_adapter, refuse_unmergeable, said_precision
 from tensorkeep.adapters.terms import Term
@@ -191,6 +191,8 @@ def _merged_view(
     for number, source in enumerate(sources):
         for name, found in terms_of(state, number, source).items():
             wanted.setdefault(name, []).extend(found)
+    refuse_unknown(state, sources, wanted)
+    spread_tied(state, wanted, shared)
     sizes = settle_sizes(state, sources, wanted)
     apart = settle_shared(state, sources, wanted, shared, untie)
     parted = settle_ties(state, sources, wanted, untie, apart)

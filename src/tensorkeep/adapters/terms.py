@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -233,3 +233,13 @@ def kept_tied(term: Term, other: bool) -> bool:
     if term.kind == "tokens":
         return not other
     return term.adapter.document.get(TIED) is True and not _PEFT_TIES.isdisjoint(term.name.split("."))
+
+
+def same_terms(terms: Sequence[Term], others: Sequence[Term]) -> bool:
+    """Whether two tensors are changed by the very same.
+
+    Args:
+        terms: of one.
+        others: of the other.
+    """
+    return [id(t) for t in terms] == [id(t) for t in others]

@@ -224,10 +224,9 @@ def _plain(sink: Sink, config: Mapping[str, Any]) -> tuple[dict[str, Offer], boo
 
 def _refuse_codes(sink: Sink, weights: Mapping[str, QuantizedWeight]) -> None:
     """Stop where integers or codes lie under a weight's name and no config says what they stand for (Q01)."""
-    wide = [
-        n for n, o in sink.offers.items() if not DTYPES[o.dtype].floating and o.dtype != "BOOL"
-    ]  # a mask is no code
-    whole = [n for n in wide if n.endswith((".weight", ".bias"))]
+    wide = {n: o for n, o in sink.offers.items() if not DTYPES[o.dtype].floating}
+    mask = {n for n, o in wide.items() if o.dtype == "BOOL" and n.endswith(".bias") and len(o.shape) > 1}  # is no code
+    whole = [n for n in wide if n.endswith((".weight", ".bias")) and n not in mask]
     packed = [*(n for n, w in weights.items() if w.parts), *whole]
     if packed:
         raise TensorkeepError(

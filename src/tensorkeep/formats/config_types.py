@@ -14,6 +14,7 @@ _WHOLE = (
     "num_experts num_local_experts moe_intermediate_size decoder_sparse_step max_position_embeddings"
 ).split()
 _NONE = ("max_position_embeddings", "num_experts", "num_local_experts")  # -1 is none, or no limit, of these
+_MOST = 1 << 25  # positions that a float may say: larger ones are no numbers of a model
 _NUMBER = ("rope_theta", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps")
 _FLAG = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _TEXT = ("model_type", "_name_or_path", "transformers_version")
@@ -76,7 +77,8 @@ def _wanted(key: str, value: Any) -> str | None:
     plain = isinstance(value, int) and not isinstance(value, bool)
     if key in _WHOLE:  # some models have one for each layer, or for each part (LXMERT)
         many = list(value.values()) if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
-        plain = plain or (isinstance(value, float) and value.is_integer())  # 1200.0: Music Flamingo's positions
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < _MOST
+        plain = plain or whole  # 1200.0: Music Flamingo
         if not (plain or (many and all(type(v) is int for v in many))):
             return "a whole number"
         return "a whole number from 0 on" if min(many) < (-1 if key in _NONE else 0) else None

@@ -238,9 +238,10 @@ def _roots(view: StateView, paths: Mapping[str, tuple[Any, ...]]) -> list[str | 
     heads |= {_first(unwrap(n)[0]) for n in view}
     roots = [r for r in ROOTS if r in heads]
     nests = [r for r in roots if r not in EMA_ROOTS and view.format in ("pth", "dcp")]
-    inner = {r: {_first(n[len(r) + 1 :]) for n in view if n.startswith(f"{r}.")} for r in nests}
-    # Lightning's `state_dict` over a module that keeps the model as `self.model`
-    return [None, *roots, *(f"{r}.{next(iter(words))}" for r, words in inner.items() if len(words) == 1)]
+    inner = {r: dict.fromkeys(_first(n[len(r) + 1 :]) for n in view if n.startswith(f"{r}.")) for r in nests}
+    # Lightning's `state_dict` over a module that keeps the model as `self.model`, beside weights of a loss or a teacher
+    held = {r: words if len(words) == 1 else [w for w in ROOTS if w in words] for r, words in inner.items()}
+    return [None, *roots, *(f"{r}.{word}" for r, words in held.items() for word in words if word not in EMA_ROOTS)]
 
 
 def _first(name: str) -> str:

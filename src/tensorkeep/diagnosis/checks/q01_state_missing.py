@@ -43,6 +43,7 @@ from tensorkeep.quantization.bare import SCALED_METHODS, fills_range, without_sc
 from tensorkeep.storage.record import DTYPES
 
 CODE = "Q01"
+_NUMBERS = ("BOOL", "I16", "I32", "I64")
 
 
 def check(case: Case) -> Iterator[Finding]:
@@ -98,6 +99,7 @@ def _without_scales(case: Case) -> Iterator[Finding]:
             if case.view[name].shape[1:] == (1,)
             else "fp8 codes without their scales"
         ]
+    broken |= {n: ["integers or booleans where a weight belongs"] for n in _numbers(case, found) if n not in broken}
     if not broken:
         return
     names = [quant_evidence.hf_name(case, found[n]) if n in found else _clean(case, n) for n in broken]
@@ -133,6 +135,19 @@ def _float8(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str
     if method in SCALED_METHODS or any(w.kind == "fp8" for w in found.values()):
         return bare
     return [n for n in bare if fills_range(case.view, n)]
+
+
+def _numbers(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
+    """Find matrices that are no codes of a known kind and no floats either; masks are called otherwise."""
+    assert case.view is not None
+    held = set(found) | set(quantized.members(found))
+    return [
+        n
+        for n, r in case.view.items()
+        if r.dtype in _NUMBERS
+        and n not in held
+        and ((len(r.shape) > 1 and n.endswith(".weight")) or (len(r.shape) == 1 and n.endswith(".bias")))
+    ]
 
 
 def _typed_storage(case: Case, found: dict[str, quantized.QuantizedWeight]) -> list[str]:
