@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import stat
 import sys
 import time
@@ -36,12 +37,17 @@ from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.sizes import fitted
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import TEMPORARY, explained
+from tensorkeep.storage.files import TEMPORARY, explained, local_path
 from tensorkeep.storage.leftovers import dead_names
 from tensorkeep.storage.placement import remove, replacing, write_bytes
 
 MARKER = "tensorkeep-frames.json"
 _FORMAT = 1  # of keys and files; another where decoding gives other pixels
+_SAID = {"tensorkeep frames": _FORMAT}
+_OURS = re.compile(
+    r"[0-9a-f]{32}\.frames"
+)  # what somebody emptied of all, the marker too, fills again while runs go on
+_BETWEEN = 3  # places between both ends of a video that its key knows: raw pictures are as long whatever they show
 _SPARE = 8 << 30  # bytes of the disk that are left to others
 _ASKED = 8  # videos whose pictures' size is looked up; the others are taken to be alike
 _PATIENCE = 20.0  # times as long as a look at the folder took until it is looked at again
@@ -101,6 +107,33 @@ class FrameCache:
         self.stopped = self.stopped or f"data.cache {self.folder}: {what}: other frames are decoded"
 
 
+def find_cache(folder: str | Path, gib: float) -> FrameCache:
+    """Find a folder of decoded frames, which need not be there yet; nothing is made or changed.
+
+    Args:
+        folder: the folder.
+        gib: how much of the disk it may take.
+
+    Raises:
+        TensorkeepError: It holds other things, or frames of another version, or is no folder.
+    """
+    folder = local_path(folder)
+    marker = folder / MARKER
+    with explained(folder):
+        names = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+        marked = os.path.lexists(marker)
+        if marked and stat.S_ISREG(marker.lstat().st_mode):
+            with marker.open("rb") as file:
+                found = parse_json(file.read(1024), marker)
+            if found != _SAID:
+                what = f"holds frames of another version: {found}, not {_SAID}"
+                raise TensorkeepError(what, where=folder, hint="name another folder, or delete this one")
+        elif marked or not all(name.endswith(TEMPORARY) or _OURS.fullmatch(name) for name in names):
+            hint = f"name a new or empty folder; one of ours has a file {MARKER}"
+            raise TensorkeepError("is not empty and holds no decoded frames", where=folder, hint=hint)
+    return FrameCache(folder, gib)
+
+
 def open_cache(folder: str | Path, gib: float) -> FrameCache:
     """Open a folder of decoded frames, or make it; one with other things in it stays as it is.
 
@@ -111,31 +144,20 @@ def open_cache(folder: str | Path, gib: float) -> FrameCache:
     Raises:
         TensorkeepError: It holds other things, or frames of another version, or cannot be written to.
     """
-    folder = Path(folder)
-    marker, said = folder / MARKER, {"tensorkeep frames": _FORMAT}
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in folder.iterdir()]
-        others = any(not name.endswith(TEMPORARY) and name != MARKER for name in names)
-        if os.path.lexists(marker) and stat.S_ISREG(marker.lstat().st_mode):
-            with marker.open("rb") as file:
-                found = parse_json(file.read(1024), marker)
-            if found != said:
-                what = f"holds frames of another version: {found}, not {said}"
-                raise TensorkeepError(what, where=folder, hint="name another folder, or delete this one")
-        elif others or os.path.lexists(marker):
-            hint = f"name a new or empty folder; one of ours has a file {MARKER}"
-            raise TensorkeepError("is not empty and holds no decoded frames", where=folder, hint=hint)
+        local_path(folder).mkdir(parents=True, exist_ok=True)
+    kept = find_cache(folder, gib)
+    marker = kept.folder / MARKER
     if not marker.exists():
         try:
             with replacing(marker, overwrite=True) as temporary:
-                write_bytes(temporary, json.dumps(said).encode())
+                write_bytes(temporary, json.dumps(_SAID).encode())
         except TensorkeepError:
             if not marker.exists():  # nor has another process made it
                 raise
-    for left in dead_names(folder):
+    for left in dead_names(kept.folder):
         remove(left)
-    return FrameCache(folder, gib)
+    return kept
 
 
 def cached_frames(
@@ -263,9 +285,9 @@ def film_of(kept: FrameCache, path: str, grid: Grid, side: int) -> Film | None:
 
 @lru_cache(maxsize=4096)
 def _ends(path: str, *state: int) -> str:
-    """Return the digest of a video's ends; size, times and inode make a changed file another one to the cache."""
+    """Return the digest of parts of a video; size, times and inode make a changed file another one to the cache."""
     del state
-    return digest_of_ends([Path(path)])
+    return digest_of_ends([Path(path)], _BETWEEN)
 
 
 @cache
@@ -312,5 +334,8 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
             measured, covered = measured + size * len(grid.frames), covered + len(grid.frames)
     whole, part = measured / max(covered, 1) * frames, there / max(frames, 1)
     taken = f"{whole / 2**30:.1f} GiB" if whole >= 2**30 else f"{whole / 2**20:.3g} MiB"
+    lacking = "" if whole <= kept.gib * 2**30 else "; those that find no room are decoded each time"
     odd = f"; {barred} damaged or odd videos are decoded each time" if barred else ""
-    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB{odd}"
+    return (
+        f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB{lacking}{odd}"
+    )

@@ -11,7 +11,7 @@ from tensorkeep.detection.data.feature_files import SUFFIXES, file_of
 from tensorkeep.detection.data.features import look_side_by_side
 from tensorkeep.detection.data.finding import find_files
 from tensorkeep.detection.data.item import Item
-from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
+from tensorkeep.detection.data.opening import VIDEO_SUFFIXES, import_av
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader
 from tensorkeep.detection.data.truth import Annotations, Video, number_segments
@@ -58,6 +58,8 @@ def find_items(
     Example:
         >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
+    if not isinstance(reader, FeatureReader):
+        import_av()  # else what is not installed is said of every video
     classes = annotations.classes if classes is None else classes
     subsets = (subset,) if isinstance(subset, str) else tuple(subset)
     asked = {video.name for each in subsets for video in annotations.of_subset(each)}
