@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import yaml
 
 from tensorkeep.cli import main
+from tensorkeep.detection.data import frame_cache
 from tensorkeep.detection.data.frame_cache import MARKER, Grid, cached_frames, describe, find_cache, open_cache
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.video import decode
@@ -127,8 +129,18 @@ def test_check_says_where_frames_will_find_no_room(
     command = ["check", "detection", str(recipe), "--data.cache", str(tmp_path / "new"), "--data.cache_gib"]
     for gib, said in (("0.0001", True), ("1", False)):
         main([*command, gib])
-        assert ("those that find no room are decoded each time" in capsys.readouterr().out) is said
+        assert ("MiB, the others are decoded each time" in capsys.readouterr().out) is said
     assert not (tmp_path / "new").exists()
+
+
+def test_what_the_disk_has_counts_before_frames_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = film(tmp_path / "a.mp4", FRAMES)
+    free = os.statvfs(tmp_path)
+    monkeypatch.setattr(frame_cache, "_SPARE", free.f_bavail * free.f_frsize)
+    for kept in (find_cache(tmp_path / "a" / "new", 100), open_cache(tmp_path / "made", 100)):
+        said = describe(kept, [(str(path), GRID, SIDE)])
+        assert re.search(r"; there is room for 0(\.00391)? MiB, the others are decoded each time$", said), said
+    assert not kept.room(1 << 20) and "free, of which" in kept.stopped
 
 
 class OldPyAV:

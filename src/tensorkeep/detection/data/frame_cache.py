@@ -95,10 +95,10 @@ class FrameCache:
         if used + more > self.gib * 2**30:
             self.stopped = f"data.cache {self.folder} is full (data.cache_gib {self.gib:g}): other frames are decoded"
         else:
-            disk = os.statvfs(self.folder)
-            if disk.f_bavail * disk.f_frsize < _SPARE + more:
-                least = f"{_SPARE / 2**30:g} GiB"
-                self.stopped = f"data.cache {self.folder}: its disk has {least} left: other frames are decoded"
+            free = _free(self.folder)
+            if free < _SPARE + more:
+                left = f"its disk has {_said(free)} free, of which {_said(_SPARE)} are left to others"
+                self.stopped = f"data.cache {self.folder}: {left}: other frames are decoded"
         return not self.stopped
 
     def failed(self, error: OSError) -> None:
@@ -309,6 +309,27 @@ def _bytes_in(folder: Path) -> int:
     return found
 
 
+def _said(size: float) -> str:
+    """Say how many bytes these are."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def _free(folder: Path) -> int:
+    """Return how many bytes of the disk under a folder, which may not be there yet, are free."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+    disk = os.statvfs(there)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _limit(kept: FrameCache) -> int:
+    """Return how many bytes a folder can come to take, of what it may take and its disk has."""
+    try:
+        disk = max(_free(kept.folder) - _SPARE, 0) + (_bytes_in(kept.folder) if kept.folder.is_dir() else 0)
+    except OSError:  # whoever writes will tell
+        return int(kept.gib * 2**30)
+    return min(int(kept.gib * 2**30), disk)
+
+
 def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
     """Say how many of the frames that can be asked for are kept, and what all of them will take.
 
@@ -333,9 +354,7 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
         if size:
             measured, covered = measured + size * len(grid.frames), covered + len(grid.frames)
     whole, part = measured / max(covered, 1) * frames, there / max(frames, 1)
-    taken = f"{whole / 2**30:.1f} GiB" if whole >= 2**30 else f"{whole / 2**20:.3g} MiB"
-    lacking = "" if whole <= kept.gib * 2**30 else "; those that find no room are decoded each time"
+    room = _limit(kept)
+    lacking = "" if whole <= room else f"; there is room for {_said(room)}, the others are decoded each time"
     odd = f"; {barred} damaged or odd videos are decoded each time" if barred else ""
-    return (
-        f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB{lacking}{odd}"
-    )
+    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {_said(whole)} of {kept.gib:g} GiB{lacking}{odd}"
