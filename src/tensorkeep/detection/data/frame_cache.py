@@ -357,4 +357,5 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
     room = _limit(kept)
     lacking = "" if whole <= room else f"; there is room for {_said(room)}, the others are decoded each time"
     odd = f"; {barred} damaged or odd videos are decoded each time" if barred else ""
-    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {_said(whole)} of {kept.gib:g} GiB{lacking}{odd}"
+    share = f"{part:.0%} of {frames:,} frames lie in {kept.folder}"
+    return f"{share}, all are about {_said(whole)} of {kept.gib:g} GiB{lacking}{odd}"

@@ -58,15 +58,12 @@ def find_items(
     Example:
         >>> items, problems = find_items(annotations, "training", "videos", VideoReader())  # doctest: +SKIP
     """
-    if not isinstance(reader, FeatureReader):
-        import_av()  # else what is not installed is said of every video
     classes = annotations.classes if classes is None else classes
     subsets = (subset,) if isinstance(subset, str) else tuple(subset)
     asked = {video.name for each in subsets for video in annotations.of_subset(each)}
     videos = [video for video in annotations.videos.values() if video.name in asked]
     folders = [folder] if isinstance(folder, str | Path) else list(folder)
-    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    files, lacking = _files_of(folders, [video.name for video in videos], pattern, suffixes)
+    files, lacking = _files_of(folders, [video.name for video in videos], pattern, _suffixes(reader))
     items, problems = list[Item](), list[Problem]()
     against: dict[str, bool | None] = {}
     for done, video in enumerate(videos):
@@ -85,6 +82,14 @@ def find_items(
         problems += odd
     _refuse(items, problems, reader, ", ".join(map(str, folders)), subsets)
     return items, problems
+
+
+def _suffixes(reader: VideoReader | FeatureReader) -> tuple[str, ...]:
+    """Return what files end in; what is not installed for videos would be said of each of them later."""
+    if isinstance(reader, FeatureReader):
+        return tuple(SUFFIXES)
+    import_av()
+    return VIDEO_SUFFIXES
 
 
 def _refuse(
