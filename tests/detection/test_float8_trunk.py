@@ -203,6 +203,11 @@ def test_what_has_no_float8_products_is_refused_in_one_line(tmp_path: Path, chan
     assert "quantize_compute" in caught.value.line
 
 
+def test_the_short_name_is_that_of_language_runs(tmp_path: Path) -> None:
+    made = recipe_of(tmp_path, training__quantize_compute="null", quantize_compute="fp8")
+    assert made.training.quantize_compute == "fp8"
+
+
 def test_a_ladder_has_them_however_it_is_recomputed(tmp_path: Path) -> None:
     made = recipe_of(tmp_path, model__backbone__adapter={"kind": "ladder"}, model__backbone__checkpointing="none")
     assert made.training.quantize_compute == "fp8"

@@ -100,6 +100,7 @@ def _open(
     """The detector, how its backbone is to be used, and in which precision."""
     import torch
 
+    from tensorkeep.detection.data.opening import import_av
     from tensorkeep.detection.data.readers import VideoReader
     from tensorkeep.detection.extraction import open_backbone, side_by_side
     from tensorkeep.detection.inference import Selection
@@ -108,6 +109,7 @@ def _open(
     from tensorkeep.training import distributed
     from tensorkeep.training.precision import HALF_DTYPES
 
+    import_av()  # else what is not installed is said of every video
     world = distributed.start(device)
     if world.size > 1:
         distributed.stop()

@@ -138,6 +138,7 @@ def _open(
     """The detector and how it is to be used."""
     import torch
 
+    from tensorkeep.detection.data.opening import import_av
     from tensorkeep.detection.data.readers import VideoReader
     from tensorkeep.detection.predict import Predictor
     from tensorkeep.detection.recipe_data import window_of
@@ -145,6 +146,7 @@ def _open(
     from tensorkeep.training import distributed
     from tensorkeep.training.precision import HALF_DTYPES
 
+    import_av()  # else what is not installed is said of every video
     world = distributed.start(device)
     if world.size > 1:
         distributed.stop()

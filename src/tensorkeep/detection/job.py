@@ -18,7 +18,7 @@ from tensorkeep.detection.data.clips import Clips, kept_parts, most_segments
 from tensorkeep.detection.data.device_augment import augment_batch
 from tensorkeep.detection.data.device_decode import decoded_ahead, require_decoder
 from tensorkeep.detection.data.feature_checks import check_features
-from tensorkeep.detection.data.frame_cache import FrameCache, describe, open_cache
+from tensorkeep.detection.data.frame_cache import describe, find_cache, open_cache
 from tensorkeep.detection.inference import MeanAveragePrecision
 from tensorkeep.detection.model.detector import Detector
 from tensorkeep.detection.model.groups import make_optimizer
@@ -188,12 +188,13 @@ def check(
         What is odd, and what can be learned.
 
     Raises:
-        TensorkeepError: Annotations or class map cannot be read, or no file can.
+        TensorkeepError: Annotations or class map cannot be read, or no file can; or `data.cache` holds other things.
 
     Example:
         >>> check(read_recipe("own_data")).lost  # doctest: +SKIP
         0
     """
+    kept = None if recipe.data.cache is None else find_cache(recipe.data.cache, recipe.data.cache_gib)
     lenient = replace(recipe, data=replace(recipe.data, broken="skip"))
     classes = read_classes(recipe)
     if unusable := unusable_annotations(*_asked(recipe), classes):
@@ -202,9 +203,8 @@ def check(
     for part, clips in zip(PARTS, parts, strict=True):
         tell(list(check_features(clips, progress)), part, remark)
     found = check_training(parts[-1], *_asked(recipe), classes, recipe.model.head)
-    if recipe.data.cache is None:
+    if kept is None:
         return found
-    kept = FrameCache(Path(recipe.data.cache), recipe.data.cache_gib)  # which is not made
     return found._replace(cache=describe(kept, chain.from_iterable(map(kept_parts, parts))))
 
 

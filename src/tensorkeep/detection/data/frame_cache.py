@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import stat
 import sys
 import time
@@ -36,12 +37,17 @@ from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.sizes import fitted
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.storage.certificate import parse_json
-from tensorkeep.storage.files import TEMPORARY, explained
+from tensorkeep.storage.files import TEMPORARY, explained, local_path
 from tensorkeep.storage.leftovers import dead_names
 from tensorkeep.storage.placement import remove, replacing, write_bytes
 
 MARKER = "tensorkeep-frames.json"
 _FORMAT = 1  # of keys and files; another where decoding gives other pixels
+_SAID = {"tensorkeep frames": _FORMAT}
+_OURS = re.compile(
+    r"[0-9a-f]{32}\.frames"
+)  # what somebody emptied of all, the marker too, fills again while runs go on
+_BETWEEN = 3  # places between both ends of a video that its key knows: raw pictures are as long whatever they show
 _SPARE = 8 << 30  # bytes of the disk that are left to others
 _ASKED = 8  # videos whose pictures' size is looked up; the others are taken to be alike
 _PATIENCE = 20.0  # times as long as a look at the folder took until it is looked at again
@@ -89,16 +95,43 @@ class FrameCache:
         if used + more > self.gib * 2**30:
             self.stopped = f"data.cache {self.folder} is full (data.cache_gib {self.gib:g}): other frames are decoded"
         else:
-            disk = os.statvfs(self.folder)
-            if disk.f_bavail * disk.f_frsize < _SPARE + more:
-                least = f"{_SPARE / 2**30:g} GiB"
-                self.stopped = f"data.cache {self.folder}: its disk has {least} left: other frames are decoded"
+            free = _free(self.folder)
+            if free < _SPARE + more:
+                left = f"its disk has {_said(free)} free, of which {_said(_SPARE)} are left to others"
+                self.stopped = f"data.cache {self.folder}: {left}: other frames are decoded"
         return not self.stopped
 
     def failed(self, error: OSError) -> None:
         """Keep no more frames, since the system refused something."""
         what = error.strerror or str(error)
         self.stopped = self.stopped or f"data.cache {self.folder}: {what}: other frames are decoded"
+
+
+def find_cache(folder: str | Path, gib: float) -> FrameCache:
+    """Find a folder of decoded frames, which need not be there yet; nothing is made or changed.
+
+    Args:
+        folder: the folder.
+        gib: how much of the disk it may take.
+
+    Raises:
+        TensorkeepError: It holds other things, or frames of another version, or is no folder.
+    """
+    folder = local_path(folder)
+    marker = folder / MARKER
+    with explained(folder):
+        names = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+        marked = os.path.lexists(marker)
+        if marked and stat.S_ISREG(marker.lstat().st_mode):
+            with marker.open("rb") as file:
+                found = parse_json(file.read(1024), marker)
+            if found != _SAID:
+                what = f"holds frames of another version: {found}, not {_SAID}"
+                raise TensorkeepError(what, where=folder, hint="name another folder, or delete this one")
+        elif marked or not all(name.endswith(TEMPORARY) or _OURS.fullmatch(name) for name in names):
+            hint = f"name a new or empty folder; one of ours has a file {MARKER}"
+            raise TensorkeepError("is not empty and holds no decoded frames", where=folder, hint=hint)
+    return FrameCache(folder, gib)
 
 
 def open_cache(folder: str | Path, gib: float) -> FrameCache:
@@ -111,31 +144,20 @@ def open_cache(folder: str | Path, gib: float) -> FrameCache:
     Raises:
         TensorkeepError: It holds other things, or frames of another version, or cannot be written to.
     """
-    folder = Path(folder)
-    marker, said = folder / MARKER, {"tensorkeep frames": _FORMAT}
     with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        names = [path.name for path in folder.iterdir()]
-        others = any(not name.endswith(TEMPORARY) and name != MARKER for name in names)
-        if os.path.lexists(marker) and stat.S_ISREG(marker.lstat().st_mode):
-            with marker.open("rb") as file:
-                found = parse_json(file.read(1024), marker)
-            if found != said:
-                what = f"holds frames of another version: {found}, not {said}"
-                raise TensorkeepError(what, where=folder, hint="name another folder, or delete this one")
-        elif others or os.path.lexists(marker):
-            hint = f"name a new or empty folder; one of ours has a file {MARKER}"
-            raise TensorkeepError("is not empty and holds no decoded frames", where=folder, hint=hint)
+        local_path(folder).mkdir(parents=True, exist_ok=True)
+    kept = find_cache(folder, gib)
+    marker = kept.folder / MARKER
     if not marker.exists():
         try:
             with replacing(marker, overwrite=True) as temporary:
-                write_bytes(temporary, json.dumps(said).encode())
+                write_bytes(temporary, json.dumps(_SAID).encode())
         except TensorkeepError:
             if not marker.exists():  # nor has another process made it
                 raise
-    for left in dead_names(folder):
+    for left in dead_names(kept.folder):
         remove(left)
-    return FrameCache(folder, gib)
+    return kept
 
 
 def cached_frames(
@@ -263,9 +285,9 @@ def film_of(kept: FrameCache, path: str, grid: Grid, side: int) -> Film | None:
 
 @lru_cache(maxsize=4096)
 def _ends(path: str, *state: int) -> str:
-    """Return the digest of a video's ends; size, times and inode make a changed file another one to the cache."""
+    """Return the digest of parts of a video; size, times and inode make a changed file another one to the cache."""
     del state
-    return digest_of_ends([Path(path)])
+    return digest_of_ends([Path(path)], _BETWEEN)
 
 
 @cache
@@ -285,6 +307,27 @@ def _bytes_in(folder: Path) -> int:
             with contextlib.suppress(FileNotFoundError):  # a temporary name of another process, gone since
                 found += 512 * entry.stat(follow_symlinks=False).st_blocks
     return found
+
+
+def _said(size: float) -> str:
+    """Say how many bytes these are."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def _free(folder: Path) -> int:
+    """Return how many bytes of the disk under a folder, which may not be there yet, are free."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), Path("/"))
+    disk = os.statvfs(there)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _limit(kept: FrameCache) -> int:
+    """Return how many bytes a folder can come to take, of what it may take and its disk has."""
+    try:
+        disk = max(_free(kept.folder) - _SPARE, 0) + (_bytes_in(kept.folder) if kept.folder.is_dir() else 0)
+    except OSError:  # whoever writes will tell
+        return int(kept.gib * 2**30)
+    return min(int(kept.gib * 2**30), disk)
 
 
 def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
@@ -311,6 +354,8 @@ def describe(kept: FrameCache, parts: Iterable[tuple[str, Grid, int]]) -> str:
         if size:
             measured, covered = measured + size * len(grid.frames), covered + len(grid.frames)
     whole, part = measured / max(covered, 1) * frames, there / max(frames, 1)
-    taken = f"{whole / 2**30:.1f} GiB" if whole >= 2**30 else f"{whole / 2**20:.3g} MiB"
+    room = _limit(kept)
+    lacking = "" if whole <= room else f"; there is room for {_said(room)}, the others are decoded each time"
     odd = f"; {barred} damaged or odd videos are decoded each time" if barred else ""
-    return f"{part:.0%} of {frames:,} frames lie in {kept.folder}, all are about {taken} of {kept.gib:g} GiB{odd}"
+    share = f"{part:.0%} of {frames:,} frames lie in {kept.folder}"
+    return f"{share}, all are about {_said(whole)} of {kept.gib:g} GiB{lacking}{odd}"

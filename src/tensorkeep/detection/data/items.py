@@ -11,7 +11,7 @@ from tensorkeep.detection.data.feature_files import SUFFIXES, file_of
 from tensorkeep.detection.data.features import look_side_by_side
 from tensorkeep.detection.data.finding import find_files
 from tensorkeep.detection.data.item import Item
-from tensorkeep.detection.data.opening import VIDEO_SUFFIXES
+from tensorkeep.detection.data.opening import VIDEO_SUFFIXES, import_av
 from tensorkeep.detection.data.problems import Problem
 from tensorkeep.detection.data.readers import FeatureReader, VideoReader
 from tensorkeep.detection.data.truth import Annotations, Video, number_segments
@@ -63,8 +63,7 @@ def find_items(
     asked = {video.name for each in subsets for video in annotations.of_subset(each)}
     videos = [video for video in annotations.videos.values() if video.name in asked]
     folders = [folder] if isinstance(folder, str | Path) else list(folder)
-    suffixes = SUFFIXES if isinstance(reader, FeatureReader) else VIDEO_SUFFIXES
-    files, lacking = _files_of(folders, [video.name for video in videos], pattern, suffixes)
+    files, lacking = _files_of(folders, [video.name for video in videos], pattern, _suffixes(reader))
     items, problems = list[Item](), list[Problem]()
     against: dict[str, bool | None] = {}
     for done, video in enumerate(videos):
@@ -83,6 +82,14 @@ def find_items(
         problems += odd
     _refuse(items, problems, reader, ", ".join(map(str, folders)), subsets)
     return items, problems
+
+
+def _suffixes(reader: VideoReader | FeatureReader) -> tuple[str, ...]:
+    """Return what files end in; what is not installed for videos would be said of each of them later."""
+    if isinstance(reader, FeatureReader):
+        return tuple(SUFFIXES)
+    import_av()
+    return VIDEO_SUFFIXES
 
 
 def _refuse(

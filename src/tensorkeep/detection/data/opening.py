@@ -197,7 +197,14 @@ def quarter_turn(degrees: int) -> int:
 
 
 def import_av() -> Any:
-    """Import PyAV; raises TensorkeepError that says how to install it where it is missing or too old."""
+    """Import PyAV.
+
+    Returns:
+        The module.
+
+    Raises:
+        TensorkeepError: It is missing or too old; it says how to install it.
+    """
     hint = "pip install 'tensorkeep[detection]'"
     try:
         av = importlib.import_module("av")

@@ -19,7 +19,15 @@ from tensorkeep.training.recipe import Remark, plain, read_document, recipe_of
 
 ADAPTER, LORA = "model.backbone.adapter", "model.backbone.lora"
 _OF_LORA = ("lora_r", "lora_alpha", "lora_dropout")
-SHORT = (*_OF_LORA, "quantize_bits", "quantize_backbone", "use_plain_adapter", "window_size", "crop_size")
+SHORT = (
+    *_OF_LORA,
+    "quantize_bits",
+    "quantize_backbone",
+    "quantize_compute",
+    "use_plain_adapter",
+    "window_size",
+    "crop_size",
+)
 
 
 def read_recipe(
@@ -63,8 +71,8 @@ def places(name: str, value: Any, document: Any, where: str) -> list[tuple[str, 
     if name == "quantize_aware":
         what, hint = "a detector is not trained through a 4-bit format", "quantize_backbone: nf4 holds its backbone so"
         raise TensorkeepError(what, where=f"{where}: quantize_aware", hint=hint)
-    if name == "quantize_backbone":
-        return [("training.quantize_backbone", value)]
+    if name in ("quantize_backbone", "quantize_compute"):
+        return [(f"training.{name}", value)]
     if name == "use_plain_adapter":
         if not isinstance(value, bool):
             raise TensorkeepError(f"use_plain_adapter is true or false, not {value!r}", where=where)
