@@ -164,9 +164,9 @@ def mark_saves(marks: Marks) -> None:
     """From here on this process tells when it saves, and which step was acknowledged."""
     save, finish = Saver.save, Saver._finish
 
-    def saving(self: Saver, state: Any) -> None:
+    def saving(self: Saver, *given: Any) -> None:
         marks.set(1, 1)
-        save(self, state)
+        save(self, *given)
 
     def finished(self: Saver, work: Any, **options: Any) -> None:
         finish(self, work, **options)

@@ -154,9 +154,9 @@ def tell(rank: int, marks: Marks) -> None:
         marks.set(rank, RESUMED, int(state.document["step"]))
         return put_back(job, loop, world, state, *more, **named)
 
-    def saving(self: Saver, state: Any) -> None:
+    def saving(self: Saver, *given: Any) -> None:
         marks.set(rank, SAVES, 1)
-        save(self, state)
+        save(self, *given)
 
     def finished(self: Saver, work: Any, **options: Any) -> None:
         finish(self, work, **options)

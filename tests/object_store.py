@@ -29,6 +29,7 @@ def bucket() -> Iterator[str]:
             "no_proxy": host,
         }.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # one made before knows another store
         fsspec.filesystem("s3").mkdir("checkpoints")
         yield "s3://checkpoints"
     server.stop()

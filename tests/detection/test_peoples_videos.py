@@ -4,6 +4,7 @@ The whole corpus, and what stays silent: `python -m benchmarks.damaged_videos`.
 """
 
 import itertools
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def test_a_fragmented_mp4_is_told_where_its_parts_do_not_follow_one_another(tmp_
     middle = parts[len(parts) // 2]
     for torn in (noise(data, middle, 30), data[: middle + 200], data[:middle] + data[middle + 500 :]):
         path.write_bytes(torn)
-        assert "cut short" in str(probe(path).problem)
+        assert re.search("cut short|fragments are missing", str(probe(path).problem))
 
 
 def test_a_second_mp4_behind_padding_is_told(tmp_path):

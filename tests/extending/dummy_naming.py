@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tensorkeep.conversion.naming.table import Row, fits
+from tensorkeep.conversion.naming.table import Row, matcher
 
 NAME = "dummy"
 LOADERS = ("dummyloader",)
@@ -24,6 +24,9 @@ FAMILIES = {
 }
 
 
+_fits = matcher(FAMILIES["llama"])
+
+
 def recognise(name: str) -> bool:
     """Return whether a name is one of the table."""
-    return fits(name, FAMILIES["llama"])
+    return _fits(name)
