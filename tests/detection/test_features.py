@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tracemalloc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,10 @@ from tensorkeep.detection.predict import Predictor
 from tensorkeep.detection.start import open_detector
 from tensorkeep.errors import TensorkeepError
 from tensorkeep.training.recipe import to_yaml
+from tests.threads import one_thread  # noqa: F401
 
 from . import runs
 from .films import film
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A child is forked: the parent's pool of threads would not come along."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,12 @@ from tensorkeep.errors import TensorkeepError
 from tensorkeep.training import saver as checkpoint
 from tensorkeep.training.batches import Stream, batches
 from tests.detection import runs
+from tests.threads import one_thread  # noqa: F401
 
 from .films import film, picture, torn
 
 FRAMES, SIDE = 40, 24
 GRID = Grid(np.arange(0, FRAMES, 2), "every 2 of 40")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Children are forked; and the same threads everywhere make the same sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,10 @@ from tensorkeep.training.distributed import World
 from tensorkeep.training.recipe import to_yaml
 from tests.detection import runs
 from tests.opentad_names import to_opentad
+from tests.threads import one_thread  # noqa: F401
 from tests.training import ranks
 
 LOOSE = Selection(0.0, 60, Suppression(limit=60))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

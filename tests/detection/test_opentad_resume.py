@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,19 +32,12 @@ from tensorkeep.training.sections import GroupRule
 from tests.detection import runs, tiny
 from tests.helpers import refused
 from tests.opentad_names import to_opentad
+from tests.threads import one_thread  # noqa: F401
 from tests.tools import ROOT
 
 CONFIG, SCHEDULE = OptimizerConfig(), ScheduleConfig(warmup=1)
 TRAINING = TrainingConfig(epochs=4, batch_size=2)
 BASE = {"digest": "of the frozen part", "path": "pretrained.pth"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def theirs_of(detector: Detector) -> dict[str, str]:

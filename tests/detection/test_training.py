@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tensorkeep.training.live_state import stored_tensors
 from tensorkeep.training.loop import fit
 from tensorkeep.training.randomness import generator
 from tests.detection import runs, tiny
+from tests.threads import one_thread  # noqa: F401
 from tests.training import assert_same_run, ranks, relative_l2, rows
 
 QLORA = {
@@ -40,15 +40,6 @@ QLORA = {
 QLORA_ADAPTERS = {
     "model__backbone__adapter": {"kind": "qlora", "ratio": 0.5, "lora_r": 4, "lora_dropout": 0.1, "quantize_bits": 4}
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Children are forked; and the same threads everywhere make the same sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
