@@ -3,7 +3,6 @@
     pip install uv
     python -m benchmarks.lowest python3.10 --place build/lowest                # builds the environment, runs TESTS
     python -m benchmarks.lowest python3.10 --place build/lowest tests/test_gguf.py   # other tests; a built one is kept
-    python -m benchmarks.lowest python3.13 --newest --place build/newest tests/detection   # the other end
 
 What tensorkeep asks for itself comes in its lowest version (uv's `lowest-direct`), what these ask for in turn in the
 newest that fits. torch of the package index brings CUDA's libraries for Linux, some 3 GB. The package is installed as
@@ -29,11 +28,11 @@ tests/test_kill.py tests/test_signing.py tests/detection
 """.split()
 
 
-def build(uv: str, python: str, place: Path, resolution: str = "lowest-direct") -> None:
+def build(uv: str, python: str, place: Path) -> None:
     """A new environment with the lowest versions; what tests need, and triton 3.1 without asking, is the newest."""
     subprocess.run([uv, "venv", "--quiet", "--python", python, place], check=True)
     install = [uv, "pip", "install", "--quiet", "--python", place]
-    subprocess.run([*install, "--resolution", resolution, f"{ROOT}[{EXTRAS}]"], check=True)
+    subprocess.run([*install, "--resolution", "lowest-direct", f"{ROOT}[{EXTRAS}]"], check=True)
     subprocess.run([*install, "pytest", "hypothesis", "setuptools"], check=True)
 
 
@@ -43,11 +42,10 @@ def main() -> None:
     parser.add_argument("python", help="an interpreter, by name or path")
     parser.add_argument("tests", nargs="*", default=TESTS, help="files of tests")
     parser.add_argument("--place", type=Path, required=True, help="the environment's folder")
-    parser.add_argument("--newest", action="store_true", help="the newest versions instead")
     given = parser.parse_args()
     uv = shutil.which("uv") or str(Path(sys.executable).parent / "uv")
     if not given.place.exists():
-        build(uv, given.python, given.place, "highest" if given.newest else "lowest-direct")
+        build(uv, given.python, given.place)
     own = given.place.resolve() / "bin" / "python"
     subprocess.run([own, "-m", "tensorkeep", "doctor"], check=False)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
